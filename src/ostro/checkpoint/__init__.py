@@ -1,0 +1,1 @@
+"""Weights folders and train state on disk."""

@@ -1,0 +1,1 @@
+"""Small real data for the demos, prepared from installed packages."""

@@ -1,0 +1,44 @@
+"""The errors Ostro raises on purpose, and the exit code each one means.
+
+Every message begins with the dotted recipe key, the file (and row) or the name it is about, then says the value seen, what was expected and what to do.
+Programming errors are left to Python's own exceptions.
+"""
+
+from __future__ import annotations
+
+
+class OstroError(Exception):
+    """Base of every error a user can cause or mend; the command line prints it as one line."""
+
+    exit_code: int = 1
+
+
+class RecipeError(OstroError):
+    """A recipe, override or option that cannot be used; the message begins with its dotted key."""
+
+    exit_code = 2
+
+
+class DataError(OstroError):
+    """A data file or row that cannot be used; the message begins with the file and the row."""
+
+
+class LayoutError(OstroError):
+    """A weights folder whose files, keys or configuration are not what was asked for."""
+
+
+class CheckpointError(OstroError):
+    """Weights or train state that cannot be read or written."""
+
+
+def missing_extra(extra: str, package: str) -> OstroError:
+    """The error for a feature whose optional package is not installed.
+
+    Args:
+        extra: Name of the extra in `pyproject.toml`, such as `eval`.
+        package: Distribution that could not be imported, such as `ir-measures`.
+
+    Returns:
+        An error to raise, naming the install command.
+    """
+    return OstroError(f"{package}: not installed; run: pip install 'ostro[{extra}]'")

@@ -1,0 +1,1 @@
+"""FP8 weights: pure quantise and dequantise functions."""

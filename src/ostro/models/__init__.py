@@ -1,0 +1,1 @@
+"""Model code: plain, single-device; parallelism is applied from outside."""
