@@ -23,7 +23,7 @@ def text_config(**overrides: Any) -> Ministral3Config:
         "rope_parameters": {
             "rope_type": "yarn",
             "rope_theta": 10000.0,
-            "factor": 4.0,
+            "factor": 32.0,
             "original_max_position_embeddings": 16,
             "max_position_embeddings": 512,
             "beta_fast": 32.0,
@@ -48,7 +48,9 @@ def vlm_config(*, tie_word_embeddings: bool = True, **text_overrides: Any) -> Mi
         "image_size": 112,
     }
     return Mistral3Config(
-        text_config=text_config(**text_overrides).to_dict(), vision_config=vision, tie_word_embeddings=tie_word_embeddings
+        text_config=text_config(**text_overrides).to_dict(),
+        vision_config=vision,
+        tie_word_embeddings=tie_word_embeddings,
     )
 
 

@@ -1,0 +1,90 @@
+"""Collectives over ranks whose row counts differ, with exact gradients.
+
+This file moves rows between ranks; what they mean is left to the callers. `group=None` is one process everywhere:
+nothing is sent and tensors come back as they are.
+
+The gradient of a gather: when rank r holds the loss L_r and training minimises the sum of all L_r, the gradient of
+rank r's own rows is the sum over *all* ranks of the gradients of those rows. Keeping only the local part, or dividing
+by the number of ranks, trains on something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+def gather_counts(counts: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> list[list[int]]:
+    """Tells every rank the counts of every rank.
+
+    Args:
+        counts: k integers of this rank.
+        group: Ranks that take part; None for one process.
+        device: Where the group's backend wants its tensors.
+
+    Returns:
+        k integers per rank, by rank.
+
+    Distributed: one all-gather of k int64; k is the same on all ranks.
+    """
+    if group is None:
+        return [list(counts)]
+    local = torch.tensor(counts, dtype=torch.int64, device=device)
+    table = local.new_empty(group.size(), len(counts))
+    dist.all_gather(list(table.unbind()), local, group=group)
+    rows: list[list[int]] = table.tolist()
+    return rows
+
+
+def all_gather_rows(
+    parts: Sequence[torch.Tensor], counts: Sequence[Sequence[int]], group: dist.ProcessGroup | None
+) -> list[torch.Tensor]:
+    """Concatenates each part over the ranks, in one collective.
+
+    Equal to `[torch.cat([part of rank 0, part of rank 1, ...]) for each part]`, with the gradient of the loss summed
+    over ranks.
+
+    Args:
+        parts: k local tensors `[n_i, ...]` of one dtype and device, equal in all sizes but the first.
+        counts: `counts[rank][i]` is the number of rows of part i on that rank, zero included.
+        group: Ranks that take part; None for one process.
+
+    Returns:
+        k tensors `[sum of n_i over ranks, ...]`, rows in rank order.
+
+    Distributed: one all-gather, and one reduce-scatter in backward if a part requires grad; both are padded to the
+        largest rank. Every rank must run backward through the result if any does.
+    """
+    if group is None:
+        return list(parts)
+    sizes = [sum(rank_counts) for rank_counts in counts]
+    rows = _AllGatherRows.apply(torch.cat(list(parts)), sizes, group)
+    pieces = rows.split([count for rank_counts in counts for count in rank_counts])
+    return [torch.cat(pieces[part :: len(parts)]) for part in range(len(parts))]
+
+
+class _AllGatherRows(torch.autograd.Function):
+    """All-gather of `[n_rank, ...]` rows; backward sums each rank's rows over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        gathered = rows.new_empty(len(sizes), max(sizes), *rows.shape[1:])
+        dist.all_gather(list(gathered.unbind()), _pad_rows(rows, max(sizes)), group=group)
+        return torch.cat([block[:size] for block, size in zip(gathered, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        blocks = [_pad_rows(block, max(ctx.sizes)) for block in grad.split(ctx.sizes)]
+        local = torch.empty_like(blocks[0])
+        dist.reduce_scatter(local, blocks, group=ctx.group)
+        return local[: ctx.sizes[ctx.group.rank()]], None, None
+
+
+def _pad_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """`rows` followed by zero rows up to `num_rows`, contiguous as collectives need."""
+    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, num_rows - rows.shape[0])).contiguous()
