@@ -1,7 +1,7 @@
 """The errors Ostro raises on purpose, and the exit code each one means.
 
-Every message begins with the dotted recipe key, the file (and row) or the name it is about, then says the value seen, what was expected and what to do.
-Programming errors are left to Python's own exceptions.
+Every message begins with the dotted recipe key, the file (and row) or the name it is about, then says the value seen,
+what was expected and what to do. Programming errors are left to Python's own exceptions.
 """
 
 from __future__ import annotations

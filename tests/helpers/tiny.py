@@ -1,4 +1,5 @@
-"""Tiny real models for tests: every mechanism of the family (grouped heads, yarn, Llama-4 query scale) at a size that runs in milliseconds."""
+"""Tiny real models for tests: every mechanism of the family (grouped heads, yarn, Llama-4 query scale) at a size that
+runs in milliseconds."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from transformers import Ministral3Config, Mistral3Config
 
 
 def text_config(**overrides: Any) -> Ministral3Config:
-    """A 2-layer Ministral-3 text config: hidden 32, 4 heads over 2 key-value heads, yarn rope with a small original length."""
+    """A 2-layer Ministral-3 text config: hidden 32, 4 heads over 2 key-value heads, yarn rope with a small original
+    length."""
     settings: dict[str, Any] = {
         "vocab_size": 96,
         "hidden_size": 32,

@@ -1,4 +1,5 @@
-"""The embedder: a bidirectional text tower, its pooling and the normalisation, as one module from packed texts to vectors.
+"""The embedder: a bidirectional text tower, its pooling and the normalisation, as one module from packed texts to
+vectors.
 
 It leaves tokens and prompts to the tokenizer and the collator, and temperature to the loss.
 """
@@ -18,7 +19,8 @@ SINGLE_VECTOR_POOLING = ("avg", "mean", "weighted_avg", "cls", "last")
 class Embedder(torch.nn.Module):
     """Packed texts in, one vector per text out.
 
-    Naive equivalent: pad the texts, run the tower, `pool(last_hidden_state, attention_mask, pooling)`, divide by the norm.
+    Naive equivalent: pad the texts, run the tower, `pool(last_hidden_state, attention_mask, pooling)`, divide by the
+    norm.
     """
 
     def __init__(self, backbone: PreTrainedModel, *, pooling: str = "avg", normalize: bool = True) -> None:

@@ -1,13 +1,15 @@
 """Packed texts: the batch form that spends no work on padding, and the attention that keeps its texts apart.
 
-This file leaves pooling to `pooling` and the choice of texts per batch to its callers. The idea: all linear layers, norms and activations of a
-transformer act on one token at a time, so B texts can be laid end to end as one row of T tokens. Only attention has to know where one text ends.
-It reaches stock transformers layers through an attention function registered under `PACKED_ATTENTION`, which receives the lengths as a keyword:
+This file leaves pooling to `pooling` and the choice of texts per batch to its callers. The idea: all linear layers,
+norms and activations of a transformer act on one token at a time, so B texts can be laid end to end as one row of T
+tokens. Only attention has to know where one text ends. It reaches stock transformers layers through an attention
+function registered under `PACKED_ATTENTION`, which receives the lengths as a keyword:
 
 * CPU: one unmasked attention call per run of equal-length texts. Texts are laid out by length, so runs are long.
 * CUDA: one call of torch's variable-length attention.
 
-Position ids restart at every text. They alone do not separate texts: a bidirectional model that is given nothing else attends across them.
+Position ids restart at every text. They alone do not separate texts: a bidirectional model that is given nothing else
+attends across them.
 
 Shapes: B texts, T tokens in all, H hidden size, h heads, d head size.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +29,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 PACKED_ATTENTION = "ostro_packed"
 
-# Up to this many tokens a bf16 text on CPU takes plain matrix products: torch 2.13's fused CPU kernel is 2 to 10 times slower there (backward of 20 texts of
-# 49 tokens: 11.6 against 0.7 CPU ms). Beyond it the [L, L] scores that the products keep for the backward pass cost more memory than the time is worth.
+# Up to this many tokens a bf16 text on CPU takes plain matrix products: torch 2.13's fused CPU kernel is 2 to 10 times
+# slower there (backward of 20 texts of 49 tokens: 11.6 against 0.7 CPU ms). Beyond it the [L, L] scores that the
+# products keep for the backward pass cost more memory than the time is worth.
 _PLAIN_PRODUCT_TOKENS = 512
 
 
@@ -150,7 +154,7 @@ def packed_attention(
     *,
     packed_lengths: tuple[int, ...] | None = None,
     packed_offsets: torch.Tensor | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Bidirectional attention within each packed text, in the form transformers calls an attention function.
 
@@ -168,11 +172,12 @@ def packed_attention(
         The attention output `[1, T, h, d]`, and None for the weights.
     """
     if packed_lengths is None or packed_offsets is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
     scaling, dropout, window = kwargs["scaling"], kwargs.get("dropout", 0.0), kwargs.get("sliding_window")
-    attend = _attend_varlen if query.device.type == "cuda" and not dropout and window is None else _attend_runs
-    return attend(query, key, value, packed_lengths, packed_offsets, scaling, dropout, window), None  # type: ignore[arg-type]
+    if query.device.type == "cuda" and query.dtype != torch.float32 and not dropout and window is None:
+        return _attend_varlen(query, key, value, packed_lengths, packed_offsets, scaling), None
+    return _attend_runs(query, key, value, packed_lengths, scaling, dropout, window), None
 
 
 def _attend_varlen(
@@ -182,8 +187,6 @@ def _attend_varlen(
     lengths: tuple[int, ...],
     offsets: torch.Tensor,
     scaling: float,
-    dropout: float,
-    window: int | None,
 ) -> torch.Tensor:
     """One call of torch's variable-length attention (CUDA, bf16 or fp16)."""
     from torch.nn.attention.varlen import varlen_attn
@@ -200,12 +203,11 @@ def _attend_runs(
     key: torch.Tensor,
     value: torch.Tensor,
     lengths: tuple[int, ...],
-    offsets: torch.Tensor,
     scaling: float,
     dropout: float,
     window: int | None,
 ) -> torch.Tensor:
-    """One SDPA call per run of neighbouring equal-length texts."""
+    """One attention call per run of neighbouring equal-length texts."""
     runs = [(length, sum(1 for _ in run)) for length, run in itertools.groupby(lengths)]
     sizes = [length * count for length, count in runs]
     # split, not slices: the backward of a split is one concatenation, that of each slice fills a full-size gradient
@@ -232,7 +234,10 @@ def _attend_runs(
 
 
 def _attend_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Attention of `[n, h, L, d]` as two matrix products; the heads that share a key head are laid along L, so keys are not repeated."""
+    """Attention of `[n, h, L, d]` as two matrix products.
+
+    Heads that share a key head are laid along L, so keys are not repeated.
+    """
     heads, length = query.shape[1:3]
     grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
     scores = grouped @ key.transpose(-1, -2) * scaling
@@ -242,7 +247,7 @@ def _attend_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Symmetric, inclusive sliding window `|i - j| <= window` as a `[L, L]` bool mask; None when all tokens see each other."""
+    """Symmetric, inclusive window `|i - j| <= window` as a `[L, L]` bool mask; None when all tokens see each other."""
     if window is None or window >= length - 1:
         return None
     positions = torch.arange(length, device=device)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.helpers.tiny import padded, token_ids
-from tests.unit.models.test_packed import LENGTHS, tower
 
 from ostro.models.embedder import SINGLE_VECTOR_POOLING, Embedder
 from ostro.models.packed import PackedTexts
+from tests.helpers.tiny import padded, token_ids
+from tests.unit.models.test_packed import LENGTHS, tower
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers.tiny import padded, text_config, token_ids
 from transformers import MistralConfig, MistralModel
 
 from ostro.models.ministral_bidirectional import Ministral3BidirectionalConfig, Ministral3BidirectionalModel
 from ostro.models.packed import PackedTexts, forward_packed, micro_batches, use_packed_attention
+from tests.helpers.tiny import padded, text_config, token_ids
 
 LENGTHS = [40, 12, 12, 7, 3, 3, 3, 1]
 
