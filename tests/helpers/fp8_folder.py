@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 from tests.helpers.tiny import vlm_config
@@ -96,6 +97,13 @@ def save_shards(folder: Path, tensors: dict[str, torch.Tensor], num_shards: int)
         save_file(part, folder / name, {"format": "pt"})
         weight_map.update(dict.fromkeys(part, name))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Rewrites `model.safetensors` after `change` was applied to its tensors."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def write_config(folder: Path, config: Mistral3Config, layout: str) -> None:

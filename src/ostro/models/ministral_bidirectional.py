@@ -14,7 +14,7 @@ Importing this module registers the model with transformers' Auto classes.
 Shapes: B texts, S tokens of this call, P tokens already in the cache, H hidden size.
 """
 
-# no `from __future__ import annotations`: the config's fields are checked against their types, which must not be strings
+# no `from __future__ import annotations`: the config's fields are checked against their types, which would be strings
 from typing import Any
 
 import torch

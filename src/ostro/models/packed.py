@@ -195,7 +195,10 @@ def _attend_varlen(
     query_Thd, key_Thd, value_Thd = (states[0].transpose(0, 1) for states in (query, key, value))
     key_Thd, value_Thd = key_Thd.repeat_interleave(groups, 1), value_Thd.repeat_interleave(groups, 1)
     longest = max(lengths)
-    return varlen_attn(query_Thd, key_Thd, value_Thd, offsets, offsets, longest, longest, scale=scaling)[None]
+    output: torch.Tensor = varlen_attn(  # type: ignore[assignment]  # a tuple only when auxiliary values are asked for
+        query_Thd, key_Thd, value_Thd, offsets, offsets, longest, longest, scale=scaling
+    )
+    return output[None]
 
 
 def _attend_runs(

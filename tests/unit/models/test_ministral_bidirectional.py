@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, Ministral3Config, Ministral3Model
+from transformers import AttentionInterface, AutoConfig, AutoModel, Ministral3Config, Ministral3Model
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ostro.models import ministral_bidirectional
 from ostro.models.ministral_bidirectional import Ministral3BidirectionalConfig, Ministral3BidirectionalModel
@@ -155,6 +156,32 @@ def test_packed_texts_match_the_padded_ones(window: int | None) -> None:
     torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_packed_calls_make_no_mask() -> None:
+    """A mask over all T tokens of a packed batch would cost T^2 memory, window or not."""
+    masks: list[torch.Tensor | None] = []
+
+    def recording(module: torch.nn.Module, query: torch.Tensor, *states: Any, **kwargs: Any) -> tuple[Any, None]:
+        masks.append(states[2])
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("ostro_test_recording", recording)
+    AttentionMaskInterface.register("ostro_test_recording", sdpa_mask)
+    model = build("ostro_test_recording", sliding_window=2)
+    ids = torch.tensor(token_ids([9]))
+    hidden(model, input_ids=ids, packed_lengths=(4, 5))
+    hidden(model, input_ids=ids)
+    assert [mask is None for mask in masks] == [True, True, False, False]
+
+
+def test_a_layer_called_by_itself_is_bidirectional() -> None:
+    model = build(num_hidden_layers=1)
+    ids = torch.tensor(token_ids([6]))
+    positions = torch.arange(6)[None]
+    embeds = model.embed_tokens(ids)
+    states = model.layers[0](embeds, position_ids=positions, position_embeddings=model.rotary_emb(embeds, positions))
+    torch.testing.assert_close(model.norm(states), hidden(model, input_ids=ids))
+
+
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_cached_piece_sees_earlier_pieces_and_itself(window: int | None, side: str) -> None:
@@ -214,13 +241,15 @@ def test_inputs_embeds_stand_in_for_input_ids() -> None:
     assert torch.equal(hidden(model, inputs_embeds=model.embed_tokens(ids)), hidden(model, input_ids=ids))
 
 
+# transformers 5.23 prefers another name, which 5.17 does not know
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 def test_activation_checkpointing_gives_equal_gradients() -> None:
     input_ids, mask = padded(token_ids([3, 9]))
     gradients = []
     for checkpointing in (False, True):
         model = build(use_cache=True).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         model(input_ids=input_ids, attention_mask=mask).last_hidden_state[mask.bool()].square().mean().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert all(gradient is not None and gradient.any() for gradient in gradients[0].values())

@@ -133,13 +133,15 @@ def test_roles_missing_from_the_folder_are_filled(folder: Path, tmp_path: Path) 
     assert tokenizer.encode(["word"], 8)[0][0] == 1
 
 
-def test_eos_of_the_folders_own_post_processor_stays(folder: Path, tmp_path: Path) -> None:
+def test_specials_of_the_folders_own_post_processor_stay(folder: Path) -> None:
     rust = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    rust.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    specials = [("[INST]", 3), ("</s>", 2)]
+    rust.post_processor = processors.TemplateProcessing(single="[INST] $A </s>", special_tokens=specials)
     tokenizer = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>"))
     (row,) = tokenizer.encode(["one two three four five six"], 64)
-    assert (row[0], row[-1], row.count(1), row.count(2)) == (1, 2, 1, 1)
-    assert tokenizer.encode(["one two three four five six"], 4) == [[*row[:3], 2]]
+    assert (row[:2], row[-1]) == ([1, 3], 2)
+    assert [row.count(special) for special in (1, 2, 3)] == [1, 1, 1]
+    assert tokenizer.encode(["one two three four five six"], 5) == [[*row[:4], 2]]
 
 
 def test_truncation_keeps_the_first_tokens(tokenizer: TextTokenizer) -> None:

@@ -1,0 +1,97 @@
+"""Writing a weights folder: it appears whole or not at all, and its tensors pass through memory one shard at a time.
+
+Which tensors there are, and their values, is the caller's business.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ostro.errors import CheckpointError
+from ostro.models.folder import INDEX_NAME
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that are made together and stored in the same shard, such as an FP8 weight and its scales.
+
+    Attributes:
+        num_bytes: Their size in the file.
+        make: Makes them, by stored key.
+    """
+
+    num_bytes: int
+    make: Callable[[], Mapping[str, torch.Tensor]]
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder written under another name and renamed at the end: what stops the writing leaves nothing half-done.
+
+    Args:
+        folder: The folder to make; absent or empty.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        CheckpointError: When the folder exists and is not empty, or something cannot be written.
+    """
+    folder = folder.absolute()
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(
+                f"{folder}: exists already, expected no folder or an empty one; choose another or remove it"
+            )
+        partial = folder.with_name(f"{folder.name}.partial")
+        if partial.exists():  # a killed run's
+            shutil.rmtree(partial)
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"{folder}: cannot be written ({reason}); free some space or choose another folder"
+        ) from error
+
+
+def write_shards(folder: Path, pieces: Sequence[Piece], *, max_shard_gib: float) -> None:
+    """Writes `model.safetensors`, or numbered shards and their index; memory holds one shard at a time.
+
+    Args:
+        folder: An existing folder.
+        pieces: All tensors, in the order of the files.
+        max_shard_gib: Size above which a shard is closed, in GiB; a single larger piece has a shard to itself.
+    """
+    shards: list[list[Piece]] = [[]]
+    for piece in pieces:
+        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + piece.num_bytes > max_shard_gib * 2**30:
+            shards.append([])
+        shards[-1].append(piece)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(_write_shard(folder / name, shard), name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(piece.num_bytes for piece in pieces)}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_shard(file: Path, pieces: Sequence[Piece]) -> list[str]:
+    """Writes one file and returns its keys; its tensors are gone from memory on return."""
+    tensors = {key: tensor for piece in pieces for key, tensor in piece.make().items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return list(tensors)

@@ -1,0 +1,285 @@
+"""The `ostro` command: each entry parses its arguments, calls one room and turns errors into exit codes.
+
+The work is in the rooms. They are imported inside the entries, so that `--help` answers at once. Exit codes: 0 done,
+1 failed, 2 usage (a recipe counts as usage), 130 interrupted. An error is one line on stderr, `error: ...`; `--debug`
+anywhere on the line adds the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import nullcontext
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+import typer
+
+from ostro import __version__
+from ostro.checkpoint.presets import LAYOUT_NAMES, PRECISIONS, SIZES
+from ostro.errors import DataError, OstroError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+app = typer.Typer(
+    name="ostro",
+    epilog="Add --debug to any command to see the traceback of an error.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer()
+app.add_typer(recipes_app, name="recipes")
+
+Weights = Annotated[str, typer.Argument(metavar="WEIGHTS", help="Weights folder or hub id.", show_default=False)]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ostro {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Adapt Mistral-3 models: train, evaluate, export and use search embedders."""
+
+
+class Prompt(StrEnum):
+    """Which of the folder's prompts goes before each text."""
+
+    query = "query"
+    document = "document"
+    none = "none"
+
+
+class Format(StrEnum):
+    """How vectors are written."""
+
+    npy = "npy"
+    jsonl = "jsonl"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code.
+
+    Args:
+        arguments: Words after `ostro`; those of the process when None.
+
+    Raises:
+        SystemExit: Always.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read by huggingface_hub and transformers
+    logger = logging.getLogger("ostro")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler := logging.StreamHandler(sys.stderr))
+    try:
+        code = app([word for word in words if word != "--debug"], prog_name="ostro", standalone_mode=False)
+        if code == INTERRUPTED:
+            print("interrupted", file=sys.stderr)
+    except (OstroError, OSError, typer.TyperException) as error:
+        if debug:
+            traceback.print_exception(error)
+        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        print(f"error: {message}", file=sys.stderr)
+        code = 1 if isinstance(error, OSError) else error.exit_code
+    finally:
+        logger.removeHandler(handler)
+    sys.exit(code or 0)
+
+
+@app.command(epilog="Example: ostro train embed-demo output=runs/first optimizer.learning_rate=5e-4")
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a shipped recipe.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Values that replace those of the recipe.")
+    ] = None,
+) -> None:
+    """Train by a recipe; run it again to resume from the last checkpoint."""
+    from ostro.config import load_recipe
+    from ostro.train.recipe import KINDS
+
+    loaded = load_recipe(recipe, overrides or [], KINDS)
+
+    from rich.console import Console
+
+    from ostro.train import embed
+
+    embed.run(loaded, console=Console())
+
+
+@app.command(epilog="Example: ostro evaluate runs/first/weights --data my-corpus --split test --bm25")
+def evaluate(
+    weights: Weights,
+    data: Annotated[str, typer.Option(help="BEIR folder: corpus.jsonl, queries.jsonl, qrels/.", show_default=False)],
+    split: Annotated[str, typer.Option(help="Name of the qrels file.")] = "test",
+    ks: Annotated[
+        list[int] | None, typer.Option("--k", min=1, help="Rank at which metrics cut; may be repeated. [default: 10]")
+    ] = None,
+    bm25: Annotated[bool, typer.Option("--bm25", help="Score BM25 beside it (extra search).")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for the metrics and a row per query.")] = None,
+) -> None:
+    """Search a whole corpus and score it against its relevance labels."""
+    from ostro.cli_render import show_reports
+    from ostro.data.evaluation_set import open_evaluation
+    from ostro.inference.encoder import Encoder
+    from ostro.retrieval.bm25 import bm25 as score_bm25
+    from ostro.retrieval.evaluate import evaluate as score
+    from ostro.retrieval.options import EvaluateOptions
+
+    options = EvaluateOptions(path=data, split=split, ks=tuple(ks or (10,)))
+    evaluation = open_evaluation(options.path, options.split)
+    reports = {"model": score(Encoder.from_pretrained(weights), evaluation, options)}
+    if bm25:
+        reports["BM25"] = score_bm25(evaluation, options)
+    show_reports(reports)
+    if output is not None:
+        for system, report in reports.items():
+            report.save(output if system == "model" else output / system.lower())
+
+
+@app.command(epilog="Example: ostro encode runs/first/weights --prompt query --output queries.npy < queries.txt")
+def encode(
+    weights: Weights,
+    prompt: Annotated[Prompt, typer.Option(help="Prompt of the folder to put before each text.")] = Prompt.document,
+    output: Annotated[Path | None, typer.Option(help="File to write; stdout when not given.")] = None,
+    form: Annotated[
+        Format | None, typer.Option("--format", help="By the suffix of --output when not given, else jsonl.")
+    ] = None,
+    num_dims: Annotated[int | None, typer.Option(min=1, help="Keep the first dims (Matryoshka).")] = None,
+) -> None:
+    """Turn the lines of stdin into vectors."""
+    if output is not None and not output.parent.is_dir():
+        raise typer.BadParameter(f"{output.parent}: no such folder", param_hint="--output")
+    form = form or (Format.npy if output is not None and output.suffix == ".npy" else Format.jsonl)
+    texts = _read_lines(sys.stdin.buffer)
+
+    from ostro.inference.encoder import Encoder
+
+    encoder = Encoder.from_pretrained(weights)
+    if num_dims is not None and num_dims > encoder.num_dims:
+        raise typer.BadParameter(f"{num_dims} exceeds the model's {encoder.num_dims} dims", param_hint="--num-dims")
+    encoder.num_dims = num_dims or encoder.num_dims
+    encode_texts = {"query": encoder.encode_query, "document": encoder.encode_document, "none": encoder.encode}[prompt]
+    embeddings = encode_texts(texts).numpy()
+    with output.open("wb") if output is not None else nullcontext(sys.stdout.buffer) as file:
+        if form is Format.npy:
+            import numpy
+
+            numpy.save(file, embeddings)
+        else:
+            for text, embedding in zip(texts, embeddings, strict=True):
+                row = json.dumps({"text": text, "embedding": embedding.tolist()}, ensure_ascii=False)
+                file.write(row.encode() + b"\n")
+
+
+def _read_lines(file: BinaryIO) -> list[str]:
+    texts = []
+    for number, line in enumerate(file, 1):
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"stdin:{number}: not UTF-8 (byte {error.start}); convert the text first") from error
+        if not text.strip():
+            raise DataError(f"stdin:{number}: empty line; every line is one text")
+        texts.append(text)
+    if not texts:
+        raise DataError("stdin: no lines; give one text per line")
+    return texts
+
+
+@app.command(epilog="Example: ostro export runs/first/checkpoints/step-00000400 --output exported")
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint, or run folder for its latest.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(help="Weights folder to write.", show_default=False)],
+) -> None:
+    """Write a checkpoint as a weights folder that sentence-transformers, transformers and vLLM open."""
+    from ostro.train.export_run import export_checkpoint
+
+    step = export_checkpoint(checkpoint, output)
+    print(f"{output}: the weights after step {step}")
+
+
+@app.command(epilog="Example: ostro inspect runs/first/weights")
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Weights folder.", show_default=False)],
+) -> None:
+    """Tell what a weights folder holds; exit code 1 when it has problems."""
+    from ostro.checkpoint.inspect import inspect_folder
+    from ostro.cli_render import show_folder
+
+    report = inspect_folder(folder)
+    show_folder(report)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: ostro init weights/tiny --size tiny --layout nested --precision fp8")
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder to make; absent or empty.", show_default=False)
+    ],
+    size: Annotated[str, typer.Option(help=f"Size preset: {', '.join(SIZES)}.")] = "tiny",
+    layout: Annotated[str, typer.Option(help=f"Key naming: {', '.join(LAYOUT_NAMES)}.")] = "nested",
+    precision: Annotated[str, typer.Option(help=f"Of the text layers: {', '.join(PRECISIONS)}.")] = "fp8",
+    vocab_size: Annotated[int, typer.Option(help="Entries of the tokenizer, cut from Tekken.")] = 8192,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights.")] = 0,
+) -> None:
+    """Make a Ministral-3 weights folder with random weights."""
+    from ostro.checkpoint.create import create_weights
+
+    create_weights(folder, size=size, layout=layout, precision=precision, vocab_size=vocab_size, seed=seed)
+    print(folder)
+
+
+@recipes_app.callback(invoke_without_command=True, epilog="Example: ostro recipes list")
+def recipes(context: typer.Context) -> None:
+    """List, show and describe the shipped recipes."""
+    if context.invoked_subcommand is None:
+        list_recipes()
+
+
+@recipes_app.command("list", epilog="Example: ostro recipes list")
+def list_recipes() -> None:
+    """Names of the shipped recipes, and the first line of each."""
+    from ostro.config import shipped_recipes
+
+    recipes = shipped_recipes()
+    width = max(map(len, recipes), default=0)
+    for name, text in recipes.items():
+        print(f"{name:<{width}}  {text.splitlines()[0].lstrip('# ')}")
+
+
+@recipes_app.command("show", epilog="Example: ostro recipes show embed-demo > mine.yaml")
+def show_recipe(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.", show_default=False)],
+) -> None:
+    """Print a shipped recipe, to be copied and changed."""
+    from ostro.config import read_recipe
+
+    print(read_recipe(name)[1], end="")
+
+
+@recipes_app.command("schema", epilog="Example: ostro recipes schema > ostro.schema.json")
+def print_schema() -> None:
+    """Print the JSON schema of recipes, for completion and checks in editors."""
+    from ostro.config import json_schema
+    from ostro.train.recipe import KINDS
+
+    print(json.dumps(json_schema(KINDS), indent=2))

@@ -1,0 +1,181 @@
+"""What an embedding run is judged by: evaluation before, during and after training, the exported folder, and the result
+page.
+
+The loop itself is in `embed`; how a set is searched and scored is in `retrieval`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ostro.checkpoint.export import export_embedder, verify_export
+from ostro.checkpoint.model_card import EmbedderSettings, ModelCard
+from ostro.data.evaluation_set import open_evaluation
+from ostro.data.retrieval import open_sources
+from ostro.inference.encoder import Encoder
+from ostro.models.embedder import Embedder
+from ostro.models.tokenizer import TextTokenizer
+from ostro.retrieval.bm25 import bm25
+from ostro.retrieval.evaluate import evaluate
+from ostro.retrieval.options import EvaluateOptions
+from ostro.retrieval.report import RetrievalReport
+from ostro.train.metrics import LiveLine, RunLog
+from ostro.train.recipe import EmbedRecipe
+from ostro.train.report import write_report
+
+# Texts on which the exported folder must give the vectors of the model in memory.
+_NUM_VERIFIED_TEXTS = 64
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """What a finished run leaves.
+
+    Attributes:
+        folder: Run folder.
+        weights: Exported folder.
+        metrics: Test metrics of the trained model; empty without a test block.
+        baselines: The same metrics of `BM25` and `untrained`, where they were asked for.
+    """
+
+    folder: Path
+    weights: Path
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def run_encoder(recipe: EmbedRecipe, embedder: Embedder, tokenizer: TextTokenizer) -> Encoder:
+    """An encoder over the model being trained, with the prompts and limits that the exported folder will have."""
+    return Encoder(embedder, tokenizer, prompts=recipe.data.prompts.model_dump(), max_tokens=recipe.max_tokens)
+
+
+def evaluate_untrained(recipe: EmbedRecipe, encoder: Encoder, log: RunLog, line: LiveLine) -> None:
+    """Scores the model before its first step, on both held-out sets."""
+    if recipe.evaluate is not None:
+        log.evaluation(0, recipe.evaluate.split, _search(recipe.evaluate, encoder).metrics)
+    if recipe.test is not None:
+        report = _search(recipe.test, encoder)
+        (Path(recipe.output) / "untrained.json").write_text(json.dumps(dict(report.metrics)) + "\n", encoding="utf-8")
+        line.say(f"before training  {_one_line(report.metrics)}")
+
+
+def evaluate_during(options: EvaluateOptions, encoder: Encoder, step: int, log: RunLog, line: LiveLine) -> None:
+    """Scores the model after `step` steps."""
+    report = _search(options, encoder)
+    log.evaluation(step, options.split, report.metrics)
+    line.say(f"step {step}  {options.split}  {_one_line(report.metrics)}")
+
+
+def finish(recipe: EmbedRecipe, encoder: Encoder, step: int, console: Console) -> EmbedResult:
+    """Scores the trained model, exports it, verifies the export and writes the report.
+
+    Args:
+        recipe: The run.
+        encoder: Encoder over the trained model.
+        step: Optimizer steps done.
+        console: Where the result is shown.
+
+    Returns:
+        The result, as also written to `result.json`.
+
+    Raises:
+        CheckpointError: When the exported folder does not give the vectors of the model in memory.
+    """
+    folder = Path(recipe.output)
+    metrics: Mapping[str, float] = {}
+    baselines: dict[str, Mapping[str, float]] = {}
+    samples: list[dict[str, object]] = []
+    if recipe.test is not None:
+        evaluation = open_evaluation(recipe.test.path, recipe.test.split)
+        report = evaluate(encoder, evaluation, recipe.test, seed=0)
+        report.save(folder / "test")
+        metrics = report.metrics
+        if recipe.test.bm25:
+            baselines["BM25"] = bm25(evaluation, recipe.test).metrics
+        untrained = folder / "untrained.json"
+        if untrained.exists():
+            baselines["untrained"] = json.loads(untrained.read_text(encoding="utf-8"))
+        samples = report.samples(evaluation)
+    weights = export(recipe, encoder, folder / "weights", step=step, metrics=metrics)
+    result = EmbedResult(folder, weights, metrics, baselines)
+    page = {
+        "metrics": dict(metrics),
+        "baselines": {name: dict(values) for name, values in baselines.items()},
+        "samples": samples,
+    }
+    (folder / "result.json").write_text(json.dumps(page, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_report(folder)
+    show(result, console)
+    return result
+
+
+def export(recipe: EmbedRecipe, encoder: Encoder, folder: Path, *, step: int, metrics: Mapping[str, float]) -> Path:
+    """Writes the folder that other libraries open, and proves that it gives the same vectors.
+
+    Args:
+        recipe: The run.
+        encoder: Encoder over the trained model.
+        folder: Where to write; an earlier export there is replaced.
+        step: Optimizer steps done, for the model card.
+        metrics: Test metrics for the model card.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        CheckpointError: When the folder cannot be written, or read back to the same vectors.
+    """
+    embedder = encoder.embedder
+    card = ModelCard(
+        base_model=recipe.model.weights,
+        datasets=tuple(source.path for source in recipe.data.train),
+        metrics=dict(metrics),
+        num_steps=step,
+        loss=recipe.loss.model_dump(mode="json"),
+    )
+    settings = EmbedderSettings(
+        encoder.prompts, encoder.max_tokens, embedder.pooling, embedder.normalize, recipe.loss.matryoshka_dims
+    )
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[recipe.export.dtype]
+    export_embedder(
+        embedder.backbone, encoder.tokenizer, folder, settings=settings, card=card, dtype=dtype, overwrite=True
+    )
+    texts = _texts_to_verify(recipe)
+    verify_export(folder, texts, encoder.encode(texts))
+    return folder
+
+
+def _texts_to_verify(recipe: EmbedRecipe) -> list[str]:
+    """Real queries of the first training source, from its whole length."""
+    source = open_sources(recipe.data)[0]
+    picked = range(0, len(source), max(1, len(source) // _NUM_VERIFIED_TEXTS))
+    return [source[index].query for index in picked][:_NUM_VERIFIED_TEXTS]
+
+
+def show(result: EmbedResult, console: Console) -> None:
+    """Prints the result table and where everything is."""
+    if result.metrics:
+        table = Table(title="test set", title_justify="left")
+        table.add_column("")
+        for name in result.metrics:
+            table.add_column(name, justify="right")
+        rows = {"trained": result.metrics, **result.baselines}
+        for label, values in rows.items():
+            table.add_row(label, *(f"{values[name]:.3f}" for name in result.metrics))
+        console.print(table)
+    console.print(f"weights  {result.weights}\nreport   {result.folder / 'report.html'}", highlight=False)
+
+
+def _search(options: EvaluateOptions, encoder: Encoder) -> RetrievalReport:
+    return evaluate(encoder, open_evaluation(options.path, options.split), options, seed=0)
+
+
+def _one_line(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())

@@ -1,0 +1,73 @@
+"""The recipes a run can be started from: each composes the options that the rooms define next to their code.
+
+It holds no settings of its own beyond seed and output, only the checks that need two blocks at once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import pydantic
+
+from ostro.config import Options, PathField
+from ostro.data.options import DataOptions
+from ostro.losses.options import ContrastiveOptions
+from ostro.retrieval.options import EvaluateOptions
+from ostro.train.options import (
+    ExportOptions,
+    ModelOptions,
+    OptimizerOptions,
+    PrepareOptions,
+    ScheduleOptions,
+    TrackOptions,
+    TrainOptions,
+)
+
+
+class EmbedRecipe(Options):
+    """Train an embedder for search: `ostro train`."""
+
+    kind: Literal["embed"]
+    """What is trained."""
+    seed: int = pydantic.Field(17, ge=0, lt=2**31)
+    """Decides data order, sampled positives and negatives, dropout and new weights."""
+    output: PathField
+    """Run folder: checkpoints, metrics, report and the exported weights."""
+    prepare: PrepareOptions = PrepareOptions()
+    """Inputs made by the run itself where missing (demos)."""
+    model: ModelOptions
+    """Weights to start from."""
+    data: DataOptions
+    """Training sources and batches."""
+    loss: ContrastiveOptions = ContrastiveOptions()
+    """Contrastive loss."""
+    optimizer: OptimizerOptions = OptimizerOptions()
+    """AdamW."""
+    schedule: ScheduleOptions = ScheduleOptions()
+    """Learning rate over the run."""
+    train: TrainOptions
+    """Length of the run and its periods."""
+    evaluate: EvaluateOptions | None = None
+    """Held-out set searched during the run."""
+    test: EvaluateOptions | None = None
+    """Held-out set searched once, with the final weights, before and beside them the untrained model and BM25."""
+    export: ExportOptions = ExportOptions()
+    """The folder written at the end."""
+    track: TrackOptions = TrackOptions()
+    """Trackers besides `metrics.jsonl`."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Token limit of the trained model, for evaluation and export."""
+        return self.export.max_tokens or max(self.data.query_max_tokens, self.data.document_max_tokens)
+
+    @pydantic.model_validator(mode="after")
+    def _blocks_agree(self) -> Self:
+        if self.train.evaluate_every is not None and self.evaluate is None:
+            raise ValueError("train.evaluate_every: is set, but there is no evaluate block; add one or leave it out")
+        if self.prepare.dataset is not None and len(self.data.train) != 1:
+            raise ValueError("prepare.dataset: needs exactly one source in data.train, the folder to write to")
+        return self
+
+
+KINDS: dict[str, type[EmbedRecipe]] = {"embed": EmbedRecipe}

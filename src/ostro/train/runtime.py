@@ -1,0 +1,162 @@
+"""What a run stands on: device, seeds, the run folder with its recipe and host facts, and a clean stop on a signal.
+
+It leaves the loops and their states to `embed` and `vlm`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import numpy
+import torch
+
+from ostro.errors import OstroError, RecipeError
+
+logger = logging.getLogger(__name__)
+
+# Packages whose version changes results; written beside every run.
+_RECORDED_PACKAGES = ("ostro", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
+
+
+class Stopped(OstroError):
+    """The run was asked to stop and did so with a checkpoint; the exit code is the shell's 128 + signal."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        """Keeps the signal for the exit code."""
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+@dataclass
+class StopRequest:
+    """Set by the signal handler; the loop looks at it after each step.
+
+    Attributes:
+        signal_number: The signal received, or None.
+    """
+
+    signal_number: int | None = field(default=None)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Turns the first SIGTERM, SIGUSR1 or SIGINT into a request that the loop answers after its step; a second one acts
+    at once.
+
+    Yields:
+        The request, empty until a signal comes.
+    """
+    request = StopRequest()
+    handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    previous = {number: signal.getsignal(number) for number in handled}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        request.signal_number = number
+        restore()
+
+    for number in handled:
+        signal.signal(number, receive)
+    try:
+        yield request
+    finally:
+        restore()
+
+
+def select_device() -> torch.device:
+    """CUDA when there is one, else the CPU."""
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+def set_seeds(seed: int) -> None:
+    """Seeds Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The state that decides every later random draw of a step: torch's generators, as byte tensors by device."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Puts back what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def open_run_folder(folder: Path, resolved_recipe: str) -> None:
+    """Creates the run folder, or checks that an earlier run in it had the same recipe, and records versions and host
+    facts.
+
+    Args:
+        folder: The recipe's `output`.
+        resolved_recipe: YAML of the whole recipe.
+
+    Raises:
+        RecipeError: When the folder holds a run of another recipe; the message shows what differs.
+        OstroError: When the folder cannot be written.
+    """
+    recipe_file = folder / "recipe.yaml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if recipe_file.exists():
+            _check_same_recipe(recipe_file, resolved_recipe)
+        recipe_file.write_text(resolved_recipe, encoding="utf-8")
+        (folder / "environment.json").write_text(json.dumps(host_facts(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OstroError(f"{folder}: cannot be written ({error.strerror}); choose another `output`") from error
+
+
+def host_facts() -> dict[str, object]:
+    """Versions, processor and devices, as written to `environment.json`."""
+    versions = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(),
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "cuda_devices": devices,
+    }
+
+
+def _check_same_recipe(recipe_file: Path, resolved_recipe: str) -> None:
+    earlier = recipe_file.read_text(encoding="utf-8")
+    changed = [
+        line
+        for line in difflib.unified_diff(earlier.splitlines(), resolved_recipe.splitlines(), lineterm="", n=0)
+        if line[:1] in "+-" and not line.startswith(("---", "+++"))
+    ]
+    if changed:
+        shown = "; ".join(line[0] + line[1:].strip() for line in changed[:10])
+        raise RecipeError(
+            f"output: {recipe_file.parent} holds a run of another recipe ({shown}); "
+            "choose another output or remove the folder"
+        )

@@ -1,0 +1,100 @@
+"""The model card says what is true, and its examples and the guide's run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from transformers import (
+    PreTrainedModel,
+)
+
+from ostro.models.ministral_bidirectional import Ministral3BidirectionalModel
+from ostro.models.tokenizer import TextTokenizer
+from tests.helpers.exported import (
+    TEXTS,
+    bidirectional,
+    blocks,
+    export,
+    reference,
+    settings,
+    small_tokenizer,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def model() -> Ministral3BidirectionalModel:
+    return bidirectional()
+
+
+@pytest.fixture(scope="module")
+def embeddings(model: PreTrainedModel, tokenizer: TextTokenizer) -> torch.Tensor:
+    return reference(model, tokenizer, TEXTS, settings())
+
+
+@pytest.fixture
+def folder(model: PreTrainedModel, tokenizer: TextTokenizer, tmp_path: Path) -> Path:
+    export(model, tokenizer, tmp_path / "embedder")
+    return tmp_path / "embedder"
+
+
+def test_card_header_and_tables(folder: Path) -> None:
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header["library_name"] == "sentence-transformers"
+    assert header["base_model"] == "mistralai/Ministral-3-3B-Base-2512"
+    assert header["datasets"] == ["BeIR/fiqa"]
+    assert {"sentence-transformers", "ostro", "ministral3"} <= set(header["tags"])
+    assert "| nDCG@10 | 0.6235 |" in text
+    assert "120 optimizer steps on `BeIR/fiqa`, `data`." in text
+    assert "secret" not in text
+    assert '`"query: "`' in text
+    assert blocks(folder / "README.md", "yaml")[0] == "loss:\n  temperature: 0.05\n  symmetric: true\n"
+
+
+@pytest.mark.parametrize("pooling", ["avg", "weighted_avg", "cls", "last"])
+def test_card_examples_run(
+    pooling: str,
+    model: PreTrainedModel,
+    tokenizer: TextTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    used = settings(pooling=pooling)
+    export(model, tokenizer, tmp_path / "embedder", settings=used)
+    monkeypatch.chdir(tmp_path)
+    expected = reference(model, tokenizer, ["query: what is searched for"], used)
+    page = tmp_path / "embedder" / "README.md"
+    assert len(blocks(page, "bash")) == (pooling != "weighted_avg")
+    with_ostro, with_sentence_transformers, with_transformers = blocks(page, "python")
+    for code in (with_ostro, with_sentence_transformers):
+        names: dict[str, Any] = {}
+        exec(code, names)
+        assert F.cosine_similarity(torch.as_tensor(names["queries"]), expected).item() >= 0.99999
+    # Two texts, so that there is padding.
+    code = with_transformers.replace("texts = [", 'texts = ["a much longer text than the other one", ')
+    names = {}
+    exec(code, names)
+    torch.testing.assert_close(names["embeddings"][1:], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_guide_runs(
+    model: PreTrainedModel, tokenizer: TextTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path / "weights")
+    tokenizer.save(tmp_path / "weights")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for code in blocks(Path(__file__).parents[3] / "docs" / "guides" / "export.md", "python"):
+        exec(code, names)
+    assert (tmp_path / "exported" / "README.md").is_file()
+    assert names["scores"].shape == (1, 2)

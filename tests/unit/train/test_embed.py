@@ -1,0 +1,188 @@
+"""The embedding run as a whole: it learns, resumes exactly, stops cleanly, and refuses what it cannot honour."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from ostro.checkpoint.train_state import latest_train_state
+from ostro.errors import OstroError, RecipeError
+from ostro.inference.encoder import Encoder
+from ostro.train import embed, runtime
+from tests.helpers.runs import make_inputs, recipe
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=120)
+
+
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def exported(folder: Path) -> torch.Tensor:
+    return Encoder.from_pretrained(folder / "weights").encode(["a castle", "the violin", "who owns this river"])
+
+
+class StopAfter:
+    """Sends this process a signal once the trainer has done some steps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: int, number: int = signal.SIGTERM) -> None:
+        original = embed.EmbedTrainer.train_step
+
+        def train_step(trainer: embed.EmbedTrainer) -> dict[str, float]:
+            row = original(trainer)
+            if trainer.step == steps:
+                os.kill(os.getpid(), number)
+            return row
+
+        monkeypatch.setattr(embed.EmbedTrainer, "train_step", train_step)
+
+
+def test_a_run_learns_and_leaves_everything(inputs: Path, tmp_path: Path) -> None:
+    run = recipe(inputs, tmp_path / "run", train={"num_steps": 30, "evaluate_every": 15, "save_every": None})
+    result = embed.run(run, console=quiet())
+    assert result.metrics["nDCG@5"] > result.baselines["untrained"]["nDCG@5"] + 0.1
+    assert losses(result.folder)[-1] < 0.5 * losses(result.folder)[0]
+    left = {path.name for path in result.folder.iterdir()}
+    assert left >= {"recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints", "weights", "report.html"}
+    encoder = Encoder.from_pretrained(result.weights)
+    scores = encoder.similarity(encoder.encode_query(["tell me about a castle"]), encoder.encode_document(["castle"]))
+    assert scores.item() > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    dtype: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks: dict[str, Any] = {"model": {"dtype": dtype}, "loss": {"learned_temperature": True, "temperature": 0.1}}
+    whole = recipe(inputs, tmp_path / "whole", **blocks)
+    embed.run(whole, console=quiet())
+    parts = recipe(inputs, tmp_path / "parts", **blocks)
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 3)
+        with pytest.raises(runtime.Stopped, match=r"stopped by signal 15 after step 3 of 6; saved .*step-00000003"):
+            embed.run(parts, console=quiet())
+    embed.run(parts, console=quiet())
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(exported(tmp_path / "parts"), exported(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_stops_after_the_step_with_the_shells_exit_code(
+    number: signal.Signals, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(number)
+    StopAfter(monkeypatch, 1, number)
+    with pytest.raises(runtime.Stopped) as stopped:
+        embed.run(recipe(inputs, tmp_path / "run"), console=quiet())
+    assert stopped.value.exit_code == 128 + number
+    assert latest_train_state(tmp_path / "run" / "checkpoints") is not None
+    assert signal.getsignal(number) is before
+
+
+def test_a_finished_run_is_not_trained_again(inputs: Path, tmp_path: Path) -> None:
+    run = recipe(inputs, tmp_path / "run")
+    first = embed.run(run, console=quiet())
+    rows = (first.folder / "metrics.jsonl").read_text()
+    again = embed.run(run, console=quiet())
+    assert again.metrics == first.metrics
+    assert (first.folder / "metrics.jsonl").read_text() == rows
+
+
+def test_another_recipe_in_the_same_output_is_refused(inputs: Path, tmp_path: Path) -> None:
+    embed.run(recipe(inputs, tmp_path / "run", train={"num_steps": 1}), console=quiet())
+    with pytest.raises(RecipeError, match=r"output: .*another recipe \(-num_steps: 1; \+num_steps: 2\)"):
+        embed.run(recipe(inputs, tmp_path / "run", train={"num_steps": 2}), console=quiet())
+
+
+def test_a_non_finite_loss_leaves_the_last_good_state(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = embed.EmbedTrainer.train_step
+
+    def train_step(trainer: embed.EmbedTrainer) -> dict[str, float]:
+        if trainer.step == 2:
+            next(trainer._embedder.parameters()).data.fill_(float("nan"))
+        return original(trainer)
+
+    monkeypatch.setattr(embed.EmbedTrainer, "train_step", train_step)
+    with pytest.raises(OstroError, match=r"step 3: loss: is nan; .*The state before it is in .*step-00000002"):
+        embed.run(
+            recipe(inputs, tmp_path / "run", evaluate={"ks": [5]}, train={"evaluate_every": None}), console=quiet()
+        )
+    monkeypatch.undo()
+    embed.run(recipe(inputs, tmp_path / "run", evaluate={"ks": [5]}, train={"evaluate_every": None}), console=quiet())
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_the_checkpoint_holds_every_field_of_the_state(inputs: Path, tmp_path: Path) -> None:
+    run = recipe(inputs, tmp_path / "run", loss={"learned_temperature": True})
+    embedder, tokenizer = embed.build_embedder(run)
+    with embed.open_loader(run, tokenizer) as loader:
+        trainer = embed.EmbedTrainer(run, embedder, loader)
+        trainer.train_step()
+        trainer.save(tmp_path)
+        state = trainer.state()
+        assert {field.name for field in fields(state)} == set(vars(state))
+        trained = {name for name, weight in embedder.named_parameters() if weight.requires_grad}
+        assert set(state.weights) == {*trained, "log_temperature"}
+        assert set(state.optimizer) == set(state.weights)
+        embedder, tokenizer = embed.build_embedder(run)
+    with embed.open_loader(run, tokenizer) as loader:
+        fresh = embed.EmbedTrainer(run, embedder, loader)
+        fresh.resume(tmp_path, quiet())
+        assert (fresh.step, fresh.num_tokens) == (1, trainer.num_tokens)
+        assert fresh.state().loader == state.loader
+        for name, weight in state.weights.items():
+            assert torch.equal(fresh.state().weights[name], weight)
+            for key, value in state.optimizer[name].items():
+                assert torch.equal(fresh.state().optimizer[name][key], value)
+
+
+def test_accumulated_batches_weigh_equally(inputs: Path, tmp_path: Path) -> None:
+    run = recipe(inputs, tmp_path / "run", train={"accumulation_steps": 3}, model={"dtype": "float32"})
+    embedder, tokenizer = embed.build_embedder(run)
+    with embed.open_loader(run, tokenizer) as loader:
+        trainer = embed.EmbedTrainer(run, embedder, loader)
+        row = trainer.train_step()
+        assert loader.state_dict()["num_samples"] == 3 * 8
+    single = recipe(inputs, tmp_path / "single", model={"dtype": "float32"}, optimizer={"learning_rate": 1e-30})
+    embedder, tokenizer = embed.build_embedder(single)
+    with embed.open_loader(single, tokenizer) as loader:
+        trainer = embed.EmbedTrainer(single, embedder, loader)
+        rows = [trainer.train_step() for _ in range(3)]
+    assert row["loss"] == pytest.approx(sum(one["loss"] for one in rows) / 3, rel=1e-6)
+
+
+def test_activation_checkpointing_changes_no_number(inputs: Path, tmp_path: Path) -> None:
+    plain, recomputed = (
+        recipe(inputs, tmp_path / str(on), model={"activation_checkpointing": on}, train={"num_steps": 2})
+        for on in (False, True)
+    )
+    embed.run(plain, console=quiet())
+    embed.run(recomputed, console=quiet())
+    assert losses(Path(recomputed.output)) == losses(Path(plain.output))
+
+
+def test_an_output_that_cannot_be_written_is_named(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OstroError, match=r"file/run: cannot be written"):
+        embed.run(recipe(inputs, tmp_path / "file" / "run"), console=quiet())
