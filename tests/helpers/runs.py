@@ -33,7 +33,7 @@ def make_inputs(folder: Path) -> None:
 
 def recipe(inputs: Path, output: Path, **blocks: dict[str, Any]) -> EmbedRecipe:
     """The recipe over `make_inputs`; `blocks` add to or replace keys of its blocks."""
-    held_out = {"path": str(inputs / "data"), "split": "test", "ks": [5], "bm25": False}
+    held_out = {"path": str(inputs / "data"), "split": "test", "ks": [5]}
     settings: dict[str, Any] = {
         "kind": "embed",
         "output": str(output),
@@ -50,7 +50,7 @@ def recipe(inputs: Path, output: Path, **blocks: dict[str, Any]) -> EmbedRecipe:
         "schedule": {"warmup_steps": 2},
         "train": {"num_steps": 6, "log_every": 1, "evaluate_every": 3, "save_every": 2},
         "evaluate": held_out,
-        "test": held_out,
+        "test": {**held_out, "bm25": False},
     }
     for name, keys in blocks.items():
         settings[name] = {**settings.get(name, {}), **keys}

@@ -93,5 +93,8 @@ def write_shards(folder: Path, pieces: Sequence[Piece], *, max_shard_gib: float)
 def _write_shard(file: Path, pieces: Sequence[Piece]) -> list[str]:
     """Writes one file and returns its keys; its tensors are gone from memory on return."""
     tensors = {key: tensor for piece in pieces for key, tensor in piece.make().items()}
+    file.touch()
+    mode = file.stat().st_mode
     save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)  # safetensors leaves the file readable by its owner only, and a server is often another user
     return list(tensors)

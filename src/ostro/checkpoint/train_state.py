@@ -243,8 +243,12 @@ def _reason(error: BaseException) -> str:
             if isinstance(cause, (KeyboardInterrupt, SystemExit)):
                 raise cause
         error = causes[0]
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    # torch's zip writer covers a failed write with an error of its own about positions
+    first: BaseException | None = error
+    while first is not None:
+        if isinstance(first, OSError) and first.strerror:
+            return first.strerror
+        first = first.__context__
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

@@ -16,13 +16,13 @@ import torch
 from transformers.utils.hub import cached_file
 
 from ostro.errors import LayoutError
-from ostro.models.backbone import build_encoder_backbone, check_bidirectional
+from ostro.models.backbone import build_encoder_backbone
 from ostro.models.embedder import Embedder
 from ostro.models.packed import PackedTexts, micro_batches
 from ostro.models.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
 
 DEFAULT_MAX_TOKENS = 512
-DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 # Tokenised texts held at once: bounds memory for a large input, and is enough to sort by length.
 _CHUNK_TEXTS = 16384
 
@@ -92,7 +92,6 @@ class Encoder:
         name = str(name_or_path)
         # "auto": what the folder stores
         backbone = build_encoder_backbone(name, "embedding", dtype=dtype or "auto")
-        check_bidirectional(backbone)
         tokenizer = load_tokenizer(name)
         check_vocabulary(tokenizer, backbone.config.vocab_size)
         settings = _read_json(name, "config_sentence_transformers.json")

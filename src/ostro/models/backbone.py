@@ -172,10 +172,17 @@ def _read_config(name: str, **options: Any) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **options)
     except OSError as error:
-        raise CheckpointError(f"{name}: no config.json can be read there or on the hub: {error}") from error
+        raise CheckpointError(f"{name}: no config.json can be read there or on the hub: {_one_line(error)}") from error
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise LayoutError(f"{name}: config.json is not one that transformers understands: {error}") from error
+        raise LayoutError(
+            f"{name}: config.json is not one that transformers understands: {_one_line(error)}"
+        ) from error
     return config
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of another library's error, which may be indented text of several lines."""
+    return " ".join(str(error).split())
 
 
 def _text_tower(name: str, source: PreTrainedConfig, extract_submodel: str | None) -> tuple[str, PreTrainedConfig]:
@@ -273,7 +280,7 @@ def _load_weights(
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{name}: transformers cannot read the weights: {error}") from error
+        raise CheckpointError(f"{name}: transformers cannot read the weights: {_one_line(error)}") from error
     model, info = loaded
     weights: dict[str, torch.Tensor] = model.get_submodule(path).state_dict()
     inside = f"{path}." if path else ""

@@ -117,7 +117,8 @@ class TextTokenizer:
             folder: Made when it does not exist.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self._rust.save(str(Path(folder) / "tokenizer.json"))
+        # not the Rust library's own save: a full disk is an OSError here, and there a bare Exception
+        (Path(folder) / "tokenizer.json").write_text(self._rust.to_str(pretty=True), encoding="utf-8")
         # The class name that transformers 4 and 5 both know.
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._roles, **_SETTINGS}
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -12,7 +12,7 @@ import torch
 
 from ostro.data.evaluation_set import EvaluationSet
 from ostro.errors import missing_extra
-from ostro.retrieval.evaluate import judge, select_queries
+from ostro.retrieval.evaluate import judge, load_measures, select_queries
 from ostro.retrieval.options import EvaluateOptions
 from ostro.retrieval.report import RetrievalReport
 from ostro.retrieval.search import Ranking
@@ -49,7 +49,7 @@ def bm25(evaluation: EvaluationSet, options: EvaluateOptions, *, seed: int = 0) 
         import Stemmer
     except ImportError as error:
         raise missing_extra("search", "PyStemmer") from error
-    query_ids = select_queries(evaluation, options)
+    query_ids, measures = select_queries(evaluation, options), load_measures(options.ks)
     corpus = evaluation.corpus
     started = time.perf_counter()
     tokenizer = Tokenizer(stopwords="english", stemmer=Stemmer.Stemmer("english"))
@@ -65,4 +65,4 @@ def bm25(evaluation: EvaluationSet, options: EvaluateOptions, *, seed: int = 0) 
         scores = [torch.from_numpy(index.get_scores_from_ids(query)) for query in tokens[first : first + chunk]]
         ranking.add(torch.stack(scores), first_query=first, first_document=0)
     seconds = {"encode_s": indexed - started, "search_s": time.perf_counter() - indexed}
-    return judge(evaluation, query_ids, ranking.result(), options, seconds)
+    return judge(evaluation, query_ids, ranking.result(), measures, seconds)

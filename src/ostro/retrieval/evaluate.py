@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -54,7 +54,7 @@ def evaluate(
         RecipeError: When a cut-off exceeds the number of documents.
         OstroError: When an embedding is not finite, or ir-measures is not installed.
     """
-    query_ids = select_queries(evaluation, options)
+    query_ids, measures = select_queries(evaluation, options), load_measures(options.ks)
     started = time.perf_counter()
     queries = encoder.encode_query([evaluation.queries[query_id] for query_id in query_ids])
     blocks = _EncodedBlocks(encoder, evaluation.corpus)
@@ -62,7 +62,7 @@ def evaluate(
     found = top_k(queries, blocks, max(options.ks), seed=seed)
     encode_s += blocks.seconds
     seconds = {"encode_s": encode_s, "search_s": time.perf_counter() - started - encode_s}
-    return judge(evaluation, query_ids, found, options, seconds)
+    return judge(evaluation, query_ids, found, measures, seconds)
 
 
 class _EncodedBlocks:
@@ -89,8 +89,7 @@ def select_queries(evaluation: EvaluationSet, options: EvaluateOptions) -> list[
     """
     if max(options.ks) > len(evaluation.corpus):
         raise RecipeError(
-            f"evaluate.ks: {evaluation.name} has {len(evaluation.corpus)} documents, fewer than k = {max(options.ks)}; "
-            "lower ks"
+            f"ks: {evaluation.name} has {len(evaluation.corpus)} documents, fewer than k = {max(options.ks)}; lower ks"
         )
     query_ids = list(evaluation.queries)
     if options.max_queries is None or options.max_queries >= len(query_ids):
@@ -98,12 +97,28 @@ def select_queries(evaluation: EvaluationSet, options: EvaluateOptions) -> list[
     return random.Random(0).sample(query_ids, options.max_queries)
 
 
+def load_measures(ks: Sequence[int]) -> dict[Any, str]:
+    """The measures of ir-measures and our names for them, such as `nDCG@10`.
+
+    Called before the corpus is encoded, so that a missing package costs no work.
+
+    Raises:
+        OstroError: When ir-measures is not installed.
+    """
+    try:
+        from ir_measures import AP, RR, R, nDCG
+    except ImportError as error:
+        raise missing_extra("eval", "ir-measures") from error
+    named = {"nDCG": nDCG, "Recall": R, "MRR": RR, "MAP": AP}
+    return {measure @ k: f"{name}@{k}" for k in ks for name, measure in named.items()}
+
+
 def judge(
     evaluation: EvaluationSet,
     query_ids: Sequence[str],
     found: TopK,
-    options: EvaluateOptions,
-    seconds: dict[str, float],
+    measures: Mapping[Any, str],
+    seconds: Mapping[str, float],
 ) -> RetrievalReport:
     """Scores rankings against the graded labels of the set.
 
@@ -116,45 +131,30 @@ def judge(
         evaluation: The held-out set.
         query_ids: Id of each row of `found`.
         found: `[Q, K]`, K at least every cut-off.
-        options: Cut-offs.
+        measures: From `load_measures`.
         seconds: Wall time by part, for the report.
 
     Returns:
         The report.
 
-    Raises:
-        OstroError: When ir-measures is not installed.
-
     Source: trec_eval's `ndcg_cut` (gain = grade), `recall`, `recip_rank` and `map_cut`.
     """
-    try:
-        import ir_measures
-        from ir_measures import AP, RR, R, nDCG
-    except ImportError as error:
-        raise missing_extra("eval", "ir-measures") from error
-    names = {
-        measure @ k: f"{name}@{k}"
-        for k in options.ks
-        for name, measure in (("nDCG", nDCG), ("Recall", R), ("MRR", RR), ("MAP", AP))
-    }
+    import ir_measures
+
     document_ids = {row: evaluation.corpus.id(row) for row in found.indices.unique().tolist()}
     rankings = [[document_ids[row] for row in rows] for rows in found.indices.tolist()]
     run = {
         query_id: {document_id: float(len(ranking) - row) for row, document_id in enumerate(ranking)}
         for query_id, ranking in zip(query_ids, rankings, strict=True)
     }
-    # trec_eval keeps negative grades for a use of its own.
-    qrels = {
-        query_id: {document_id: max(grade, 0) for document_id, grade in evaluation.qrels[query_id].items()}
-        for query_id in query_ids
-    }
-    results = ir_measures.iter_calc(list(names), qrels, run)
+    qrels = {query_id: dict(evaluation.qrels[query_id]) for query_id in query_ids}
+    results = ir_measures.iter_calc(list(measures), qrels, run)
     values = {(result.query_id, result.measure): float(result.value) for result in results}
     queries = []
     for query_id, ranking, scores in zip(query_ids, rankings, found.scores.tolist(), strict=True):
         ranks = {document_id: rank for rank, document_id in enumerate(ranking, 1)}
         relevant = {document_id: ranks.get(document_id) for document_id, grade in qrels[query_id].items() if grade > 0}
-        own = {name: values[query_id, measure] for measure, name in names.items()}
+        own = {name: values[query_id, measure] for measure, name in measures.items()}
         queries.append(QueryReport(query_id, own, tuple(zip(ranking, scores, strict=True)), relevant))
-    metrics = {name: statistics.fmean(query.metrics[name] for query in queries) for name in names.values()}
+    metrics = {name: statistics.fmean(query.metrics[name] for query in queries) for name in measures.values()}
     return RetrievalReport(evaluation.name, metrics, tuple(queries), len(evaluation.corpus), seconds)

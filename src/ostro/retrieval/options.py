@@ -18,5 +18,3 @@ class EvaluateOptions(Options):
     """Ranks at which metrics cut: `[10, 100]` gives nDCG@10, nDCG@100 and so on; at most the number of documents."""
     max_queries: int | None = pydantic.Field(None, ge=1)
     """Score a fixed random draw of this many queries; null scores all. The corpus is always searched whole."""
-    bm25: bool = True
-    """Score BM25 on the same queries beside the model (extra `search`)."""

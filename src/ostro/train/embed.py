@@ -24,7 +24,7 @@ from ostro.errors import OstroError
 from ostro.inference.encoder import Encoder
 from ostro.losses.cached import cached_backward
 from ostro.losses.contrastive import ContrastiveOutput, ContrastiveTargets, LearnedTemperature, contrastive_loss
-from ostro.models.backbone import build_encoder_backbone, check_bidirectional
+from ostro.models.backbone import build_encoder_backbone
 from ostro.models.embedder import Embedder
 from ostro.models.packed import PackedTexts, micro_batches
 from ostro.models.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
@@ -74,6 +74,7 @@ def run(recipe: EmbedRecipe, *, console: Console) -> embed_result.EmbedResult:
         OstroError: When the loss becomes infinite or nan, or a file cannot be read or written.
     """
     folder = Path(recipe.output)
+    embed_result.check_extras(recipe)
     runtime.set_seeds(recipe.seed)
     runtime.open_run_folder(folder, dump_recipe(recipe))
     prepare_inputs(recipe, console)
@@ -140,7 +141,6 @@ def build_embedder(recipe: EmbedRecipe) -> tuple[Embedder, TextTokenizer]:
         extract_submodel=options.extract_submodel,
         dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype],
     )
-    check_bidirectional(backbone)
     tokenizer = load_tokenizer(options.weights)
     check_vocabulary(tokenizer, backbone.config.vocab_size)
     if options.activation_checkpointing:
@@ -255,7 +255,8 @@ class EmbedTrainer:
         path = latest_train_state(folder / "checkpoints")
         if path is None:
             return
-        state = load_train_state(path, vars(self.state()))
+        # random: a run may move between CPU and CUDA, whose states differ in number
+        state = load_train_state(path, {**vars(self.state()), "random": {}})
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         self._masters.publish()
         self._loader.load_state_dict(state["loader"])

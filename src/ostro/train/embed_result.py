@@ -6,6 +6,7 @@ The loop itself is in `embed`; how a set is searched and scored is in `retrieval
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from ostro.checkpoint.export import export_embedder, verify_export
 from ostro.checkpoint.model_card import EmbedderSettings, ModelCard
 from ostro.data.evaluation_set import open_evaluation
 from ostro.data.retrieval import open_sources
+from ostro.errors import missing_extra
 from ostro.inference.encoder import Encoder
 from ostro.models.embedder import Embedder
 from ostro.models.tokenizer import TextTokenizer
@@ -49,6 +51,22 @@ class EmbedResult:
     weights: Path
     metrics: Mapping[str, float] = field(default_factory=dict)
     baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def check_extras(recipe: EmbedRecipe) -> None:
+    """Raises for a package that the run will need only at its end, so that no training is lost to it.
+
+    Raises:
+        OstroError: When a package of an extra is not installed.
+    """
+    needed = {"matplotlib": ("eval", "matplotlib")}
+    if recipe.evaluate or recipe.test:
+        needed["ir_measures"] = ("eval", "ir-measures")
+    if recipe.test and recipe.test.bm25:
+        needed |= {"bm25s": ("search", "bm25s"), "Stemmer": ("search", "PyStemmer")}
+    for module, (extra, package) in needed.items():
+        if importlib.util.find_spec(module) is None:
+            raise missing_extra(extra, package)
 
 
 def run_encoder(recipe: EmbedRecipe, embedder: Embedder, tokenizer: TextTokenizer) -> Encoder:

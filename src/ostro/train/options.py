@@ -7,6 +7,7 @@ from typing import Literal, Self
 import pydantic
 
 from ostro.config import Options, PathField
+from ostro.retrieval.options import EvaluateOptions
 
 
 class ModelOptions(Options):
@@ -96,6 +97,13 @@ class PrepareOptions(Options):
     """Random weights for `model.weights`."""
     dataset: Literal["attack"] | None = None
     """Data set written to the folder of the first training source."""
+
+
+class FinalEvaluateOptions(EvaluateOptions):
+    """The held-out set that a run is judged by."""
+
+    bm25: bool = True
+    """Score BM25 on the same queries, as a yardstick (extra `search`)."""
 
 
 class ExportOptions(Options):

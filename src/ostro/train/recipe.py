@@ -15,6 +15,7 @@ from ostro.losses.options import ContrastiveOptions
 from ostro.retrieval.options import EvaluateOptions
 from ostro.train.options import (
     ExportOptions,
+    FinalEvaluateOptions,
     ModelOptions,
     OptimizerOptions,
     PrepareOptions,
@@ -49,8 +50,8 @@ class EmbedRecipe(Options):
     """Length of the run and its periods."""
     evaluate: EvaluateOptions | None = None
     """Held-out set searched during the run."""
-    test: EvaluateOptions | None = None
-    """Held-out set searched once, with the final weights, before and beside them the untrained model and BM25."""
+    test: FinalEvaluateOptions | None = None
+    """Held-out set searched with the untrained and the final weights, beside BM25."""
     export: ExportOptions = ExportOptions()
     """The folder written at the end."""
     track: TrackOptions = TrackOptions()

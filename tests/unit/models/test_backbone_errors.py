@@ -132,8 +132,9 @@ def test_another_family_is_an_error(text_folder: str) -> None:
 )
 def test_a_bad_config_is_an_error(text_folder: str, text: str, error: type[Exception]) -> None:
     Path(text_folder, "config.json").write_text(text)
-    with pytest.raises(error, match=r"config\.json"):
+    with pytest.raises(error, match=r"config\.json") as raised:
         build_encoder_backbone(text_folder, "embedding")
+    assert "\n" not in str(raised.value)
 
 
 def test_another_quantisation_is_an_error(tmp_path: Path) -> None:

@@ -80,14 +80,14 @@ def test_ties_follow_the_seed_and_the_query() -> None:
     assert (first[0] == first[1]).float().mean() < 0.1
 
 
-def test_zero_negative_and_infinitely_small_scores_keep_their_order() -> None:
-    scores = torch.tensor([[-1.0, 0.0, 2.0, -0.0, 1e-30, -1e-30, -2.0]])
-    ranking = Ranking(1, 7)
+def test_zero_negative_and_tiny_scores_keep_their_order() -> None:
+    scores = torch.tensor([[-1.0, 0.0, 2.0, -0.0, 1e-30, -1e-30, -2.0]]).expand(50, -1)
+    ranking = Ranking(50, 7)
     ranking.add(scores, first_query=0, first_document=0)
     found = ranking.result()
     assert found.scores.tolist() == scores.sort(descending=True).values.tolist()
-    assert found.indices[0, [0, 1, 4, 5, 6]].tolist() == [2, 4, 5, 0, 6]
-    assert set(found.indices[0, 2:4].tolist()) == {1, 3}, "0.0 and -0.0 are a tie"
+    assert found.indices[:, [0, 1, 4, 5, 6]].tolist() == [[2, 4, 5, 0, 6]] * 50
+    assert {tuple(row) for row in found.indices[:, 2:4].tolist()} == {(1, 3), (3, 1)}, "0.0 and -0.0 are a tie"
 
 
 def test_fewer_documents_than_k() -> None:

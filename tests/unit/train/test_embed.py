@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import io
 import json
 import os
@@ -180,6 +182,16 @@ def test_activation_checkpointing_changes_no_number(inputs: Path, tmp_path: Path
     embed.run(plain, console=quiet())
     embed.run(recomputed, console=quiet())
     assert losses(Path(recomputed.output)) == losses(Path(plain.output))
+
+
+def test_a_package_needed_at_the_end_is_asked_for_at_the_start(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.machinery.ModuleSpec("found", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bm25s" else found)
+    with pytest.raises(OstroError, match=r"bm25s: not installed; run: pip install 'ostro\[search\]'"):
+        embed.run(recipe(inputs, tmp_path / "run", test={"bm25": True}), console=quiet())
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_output_that_cannot_be_written_is_named(inputs: Path, tmp_path: Path) -> None:
