@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in words
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read by huggingface_hub and transformers
-    # read by OpenMP when torch is imported: threads that wait for each other sleep instead of spinning, which on a shared
+    # read by OpenMP when torch is imported: waiting threads sleep instead of spinning, which on a shared
     # machine takes the processor from the very thread they wait for (seen: 6 times the CPU seconds)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logger = logging.getLogger("ostro")
