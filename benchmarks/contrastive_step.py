@@ -146,13 +146,12 @@ def cases(count: int) -> list[dict[str, Any]]:
     tuned = [{**peer, "mini_batch": size, "sorted": True} for size in (2, 4, 8, 16)]
     low = [{**peer, "mini_batch": size, "sorted": True, "dtype": "bfloat16"} for size in (4, 8)]
     autocast = {**peer, "mini_batch": 4, "sorted": True, "autocast": True}
-    plain = [{**peer, "form": "plain"}] if count <= 128 else []
     mine = [
         {"run": "ours", "n": count, "dtype": dtype, "micro_batch_tokens": tokens}
         for dtype in ("float32", "bfloat16")
         for tokens in (1024, 2048)
     ]
-    return [peer, *plain, *tuned, *low, autocast, *mine]
+    return [peer, *tuned, *low, autocast, *mine]
 
 
 def is_low(case: dict[str, Any]) -> bool:

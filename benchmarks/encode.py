@@ -137,9 +137,9 @@ def main() -> None:
     against = [*shared, "ours", f"batch {DEFAULT_BATCH}", "x default", "x best", "least cosine"]
     body = "\n\n".join(
         [
-            f"{arguments.count} texts per set, tokenisation included, random 7 M-parameter tower; `batch {DEFAULT_BATCH}`"
-            " is sentence-transformers at its default. Targets on skewed lengths: 1.8 x its default, 1.4 x its best; "
-            "on equal lengths 1.0 x; cosine 0.99999 in float32.",
+            f"{arguments.count} texts per set, tokenisation included, random 7 M-parameter tower; "
+            f"`batch {DEFAULT_BATCH}` is sentence-transformers at its default. Targets on skewed lengths: 1.8 x its "
+            "default, 1.4 x its best; on equal lengths 1.0 x; cosine 0.99999 in float32.",
             table(rows, against),
             "## sentence-transformers by batch size",
             table(rows, [*shared, *(f"batch {batch}" for batch in BATCHES)]),

@@ -1,0 +1,39 @@
+"""Float32 linear layers on the CPU through oneDNN, forward and backward.
+
+torch hands float32 products to MKL, which on AMD processors reaches 100 GFLOP/s per core where oneDNN reaches 244;
+bfloat16 goes to oneDNN by itself. The idea: torch's linear takes the oneDNN path, gradients included, when its input
+has the oneDNN layout, so the input is converted on the way in and the output on the way out. Results differ from MKL's
+by float32 rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+class OneDnnLinear(torch.nn.Linear):
+    """`torch.nn.Linear` whose float32 products on the CPU are oneDNN's; elsewhere it is the plain layer."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`input @ weight.T`, `[..., in]` to `[..., out]`."""
+        plain = input.device.type != "cpu" or input.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        # a vector or an empty batch has no oneDNN form
+        if plain or input.ndim < 2 or input.numel() == 0:
+            return super().forward(input)
+        return F.linear(input.to_mkldnn(), self.weight).to_dense()
+
+
+def use_onednn(model: torch.nn.Module) -> None:
+    """Replaces the linear layers of `model` that have no bias; weights and their names stay the same.
+
+    Args:
+        model: Any module.
+    """
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear and module.bias is None:
+            with torch.device("meta"):  # type: ignore[unreachable]  # the bias is annotated as always there
+                layer = OneDnnLinear(module.in_features, module.out_features, bias=False)
+            layer.weight = module.weight
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
