@@ -139,8 +139,8 @@ def main() -> None:
     """Runs all variants, or the case given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", type=json.loads, help="one case as JSON, for the script's own use")
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each variant")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each variant")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(run(arguments.case)))

@@ -25,15 +25,15 @@ def skewed_lengths(count: int, *, seed: int, longest: int = 1001) -> list[int]:
     return [int(length) for length in numpy.clip(drawn, 5, longest)]
 
 
-def measure(function: Callable[[], Any], *, repeats: int = 3) -> tuple[Any, dict[str, float]]:
-    """Runs a function several times after one warm-up.
+def measure(function: Callable[[], Any], *, repeats: int = 3, warm_up: bool = True) -> tuple[Any, dict[str, float]]:
+    """Runs a function several times, after one warm-up unless a run takes so long that it would not show.
 
     Returns:
-        Its last value, and `cpu_s` and `wall_s` (the fastest run) and `peak_mib`, the growth of peak resident memory
-        over the state before.
+        Its last value, and `cpu_s` and `wall_s` (the fastest run) and `peak_mib`, the growth of peak resident memory.
     """
     before = _peak_mib()
-    value = function()
+    if warm_up:
+        function()
     cpu, wall = [], []
     for _ in range(repeats):
         started = time.process_time(), time.perf_counter()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -45,13 +46,17 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Adapt Mistral-3 models: train, evaluate, export and use search embedders."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 class Prompt(StrEnum):
@@ -103,13 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code or 0)
 
 
-@app.command(epilog="Example: ostro train embed-demo output=runs/first optimizer.learning_rate=5e-4")
+@app.command(epilog="Example: ostro train embed-demo output=runs/first train.num_steps=800")
 def train(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a shipped recipe.", show_default=False)
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Values that replace those of the recipe.")
+        list[str] | None, typer.Argument(metavar="key=value", help="Values that replace those of the recipe.")
     ] = None,
 ) -> None:
     """Train by a recipe; run it again to resume from the last checkpoint."""
@@ -120,12 +125,16 @@ def train(
 
     from rich.console import Console
 
-    from ostro.train import embed
+    from ostro.train import embed, runtime
 
-    embed.run(loaded, console=Console())
+    try:
+        embed.run(loaded, console=Console())
+    except KeyboardInterrupt as error:
+        message = f"{loaded.output}: interrupted; run the same command again to go on from its last checkpoint"
+        raise runtime.Stopped(message, signal.SIGINT) from error
 
 
-@app.command(epilog="Example: ostro evaluate runs/first/weights --data my-corpus --split test --bm25")
+@app.command(epilog="Example: ostro evaluate runs/first/weights --data my-corpus --bm25")
 def evaluate(
     weights: Weights,
     data: Annotated[str, typer.Option(help="BEIR folder: corpus.jsonl, queries.jsonl, qrels/.", show_default=False)],
@@ -155,7 +164,7 @@ def evaluate(
             report.save(output if system == "model" else output / system.lower())
 
 
-@app.command(epilog="Example: ostro encode runs/first/weights --prompt query --output queries.npy < queries.txt")
+@app.command(epilog="Example: ostro encode runs/first/weights --prompt query < queries.txt")
 def encode(
     weights: Weights,
     prompt: Annotated[Prompt, typer.Option(help="Prompt of the folder to put before each text.")] = Prompt.document,
@@ -205,7 +214,7 @@ def _read_lines(file: BinaryIO) -> list[str]:
     return texts
 
 
-@app.command(epilog="Example: ostro export runs/first/checkpoints/step-00000400 --output exported")
+@app.command(epilog="Example: ostro export runs/first --output exported")
 def export(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint, or run folder for its latest.", show_default=False)
@@ -266,7 +275,7 @@ def list_recipes() -> None:
     recipes = shipped_recipes()
     width = max(map(len, recipes), default=0)
     for name, text in recipes.items():
-        print(f"{name:<{width}}  {text.splitlines()[0].lstrip('# ')}")
+        print(f"{name:<{width}}  {text.splitlines()[0].strip('# :')}")
 
 
 @recipes_app.command("show", epilog="Example: ostro recipes show embed-demo > mine.yaml")

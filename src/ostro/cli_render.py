@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ostro.checkpoint.report import FolderReport
-from ostro.retrieval.report import RetrievalReport
+from ostro.retrieval.report import RetrievalReport, metric_table
 
 _MIB = 2**20
 
@@ -18,11 +18,8 @@ def show_reports(reports: Mapping[str, RetrievalReport]) -> None:
     """
     first = next(iter(reports.values()))
     print(f"{first.name}: {len(first.queries):,} queries, {first.num_documents:,} documents")
-    width = max(map(len, reports))
-    print(" " * width, *(f"{name:>10}" for name in first.metrics), "   seconds")
-    for system, report in reports.items():
-        values = (f"{value:>{max(10, len(name))}.4f}" for name, value in report.metrics.items())
-        print(f"{system:<{width}}", *values, f"{sum(report.seconds.values()):>10.1f}")
+    rows = {system: {**report.metrics, "seconds": sum(report.seconds.values())} for system, report in reports.items()}
+    print(metric_table(rows))
 
 
 def show_folder(report: FolderReport) -> None:

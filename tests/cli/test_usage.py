@@ -37,7 +37,14 @@ def test_help_lists_every_command(ostro: Command) -> None:
 def test_each_help_shows_an_example(ostro: Command, command: str) -> None:
     outcome = ostro(*command.split(), "--help")
     assert outcome.code == 0
-    assert f"Example: ostro {command}" in outcome.out
+    lines = [line.strip() for line in outcome.out.splitlines()]
+    (example,) = (number for number, line in enumerate(lines) if line.startswith(f"Example: ostro {command}"))
+    assert lines[example + 1] == "", "the example does not fit a line, and cannot be copied"
+
+
+def test_without_a_command_help_is_shown(ostro: Command) -> None:
+    outcome = ostro()
+    assert (outcome.code, outcome.out) == (2, ostro("--help").out)
 
 
 def test_the_reference_page_shows_every_command_and_option(ostro: Command) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,8 +105,3 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
     content = read(path)
     change(content)
     path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced code of one language in a Markdown page."""
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -28,7 +28,9 @@ def test_all_that_setup_installs_is_pinned() -> None:
 
 
 def test_make_lists_its_targets() -> None:
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert {line.split()[1] for line in shown.splitlines()} == TARGETS
 
 

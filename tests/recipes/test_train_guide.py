@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,19 @@ from typing import Any
 import numpy
 import pytest
 
+from ostro.cli import main
+from ostro.config import load_recipe
+from ostro.train.recipe import KINDS
+from tests.helpers.guides import blocks, code_of
+
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "train.md"
-_BLOCK = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+REFUSED = [
+    ["train", "help.yaml", "loss.temprature=0.02"],
+    ["train", "help.yaml", "output=other", "model.weights=small-wieghts"],
+    ["train", "help.yaml", "loss.temperature=0.02"],
+    ["evaluate", "small-weights", "--data", "help"],
+]
 
 
 def test_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,15 +32,14 @@ def test_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     # the `ostro` command that was installed with this interpreter
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     names: dict[str, Any] = {}
-    blocks = _BLOCK.findall(GUIDE.read_text(encoding="utf-8"))
-    assert [language for language, _, _ in blocks].count("bash") == 5
-    for language, name, text in blocks:
-        if language == "python":
-            exec(text, names)
-        elif language == "yaml":
-            Path(name).write_text(text, encoding="utf-8")
+    assert len(code_of(GUIDE, "bash")) == 5
+    for block in blocks(GUIDE):
+        if block.language == "python":
+            exec(block.text, names)
+        elif block.language == "yaml":
+            Path(block.name).write_text(block.text, encoding="utf-8")
         else:
-            done = subprocess.run(["bash", "-ec", text], env=environment, capture_output=True, text=True)
+            done = subprocess.run(["bash", "-ec", block.text], env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
     assert capsys.readouterr().out.strip() in names["documents"]
     assert numpy.load("queries.npy").shape == (2, 192)
@@ -38,3 +47,16 @@ def test_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         assert Path(f"runs/{run}/report.html").is_file()
     scores = json.loads(Path("runs/help/result.json").read_text(encoding="utf-8"))
     assert scores["metrics"]["nDCG@3"] > scores["baselines"]["untrained"]["nDCG@3"]
+    monkeypatch.setenv("RUNS", "elsewhere")
+    assert load_recipe("3b.yaml", [], KINDS).output == "elsewhere/help-3b"
+    for words in REFUSED:
+        with pytest.raises(SystemExit):
+            main(words)
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert any(told.startswith(f"error: {shown}") for shown in refusals()), told
+
+
+def refusals() -> list[str]:
+    """The messages in the guide's last table, up to where they are cut."""
+    table = GUIDE.read_text(encoding="utf-8").partition("## What it refuses")[2]
+    return [line.split("`")[1].partition("...")[0] for line in table.splitlines() if line.startswith("| `")]

@@ -202,7 +202,7 @@ def open_source(options: SourceOptions, key: str) -> RetrievalSource:
     if options.subset is not None and (path.is_file() or source_format == "beir"):
         raise DataError(f"{key}.subset: only hub data sets have subsets, {options.path} has none; leave subset out")
     if not path.exists() and not _may_be_hub_name(options.path):
-        raise DataError(f"{key}.path: no such file or folder: {options.path}")
+        raise DataError(f"{key}.path: no such file or folder: {options.path}; give one, or a hub name owner/name")
     if source_format == "beir":
         return BeirSource(options.path, open_beir(path, split))
     if source_format == "corpus_ids":
@@ -221,11 +221,12 @@ def _detect_format(path: Path) -> str:
 
 
 def _may_be_hub_name(path: str) -> bool:
-    """`name` or `owner/name`, and not the name of a data file."""
+    """`owner/name`, and neither the name of a data file nor a path that begins with a folder that is here."""
     return (
-        path.count("/") <= 1
+        path.count("/") == 1
         and not path.startswith((".", "/", "~"))
         and not Path(path).suffix.startswith((".json", ".parquet"))
+        and not Path(path).parent.is_dir()
     )
 
 

@@ -102,7 +102,7 @@ def build_encoder_backbone(
     source = _read_config(model_name_or_path, trust_remote_code=trust_remote_code, **hub_options)
     path, tower_config = _text_tower(model_name_or_path, source, extract_submodel)
     model_class = _model_class(f"{model_name_or_path}: {path or 'config.json'}", task, tower_config)
-    config = _target_config(tower_config, model_class, pooling, temperature, num_labels)
+    config = _target_config(model_name_or_path, tower_config, model_class, pooling, temperature, num_labels)
     config.name_or_path = model_name_or_path
 
     quantization = _dequantizing(model_name_or_path, source)
@@ -219,6 +219,7 @@ def _model_class(where: str, task: str, config: PreTrainedConfig) -> type[PreTra
 
 
 def _target_config(
+    name: str,
     source: PreTrainedConfig,
     model_class: type[PreTrainedModel],
     pooling: str | None,
@@ -235,7 +236,10 @@ def _target_config(
             fields["temperature"] = temperature
         # use_cache: an encoder reads a text once, and the keys and values of a large batch take much memory
         fields |= {"is_causal": False, "use_cache": False, "pooling": pooling or fields.get("pooling", "avg")}
-        check_pool_type(fields["pooling"])
+        try:
+            check_pool_type(fields["pooling"])
+        except ValueError as error:
+            raise LayoutError(f"{name}: config.json: {error}") from error
     else:
         dropped |= {"pooling", "temperature"}
         is_classifier = any(name.endswith("ForSequenceClassification") for name in source.architectures or ())

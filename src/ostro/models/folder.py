@@ -9,18 +9,25 @@ Source: the format section of github.com/huggingface/safetensors.
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from ostro.errors import CheckpointError, LayoutError
 
+logger = logging.getLogger(__name__)
+
 INDEX_NAME = "model.safetensors.index.json"
 
 
 def is_local(model_name_or_path: str) -> bool:
-    """Whether a name means a folder here rather than a hub id (`name` or `organisation/name`).
+    """Whether a name means a folder here rather than a hub id (`organisation/name`).
+
+    A mistyped path must not be looked for on the hub, which takes half a minute to fail where there is no network: what
+    has not the form of a hub id, or begins with a folder that is here, can only be a path.
 
     Args:
         model_name_or_path: What the user wrote.
@@ -34,9 +41,21 @@ def is_local(model_name_or_path: str) -> bool:
         return True
     if path.is_file():
         raise LayoutError(f"{path}: is a file, expected the weights folder that holds it")
-    if model_name_or_path.startswith((".", "~", os.sep)) or model_name_or_path.count("/") > 1:
-        raise CheckpointError(f"{path}: no such folder; give a weights folder or a hub id such as organisation/name")
+    is_id = model_name_or_path.count("/") == 1 and not model_name_or_path.startswith((".", "~", os.sep))
+    if not is_id or path.parent.is_dir():
+        raise CheckpointError(
+            f"{path}: no such folder{_nearest(path)}; give a weights folder or a hub id such as organisation/name"
+        )
+    logger.info("%s: no such folder here%s; taken as a hub id", path, _nearest(path))
     return False
+
+
+def _nearest(path: Path) -> str:
+    """The entry most like the first part of a path that is not there, for a message."""
+    while not path.parent.is_dir():
+        path = path.parent
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    return f" (nearest: {path.parent / near[0]})" if near else ""
 
 
 def check_weights_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ostro.config import dump_recipe
 from ostro.data.loader import RetrievalLoader
 from ostro.data.retrieval import open_sources
 from ostro.data.retrieval_collate import RetrievalBatch
-from ostro.errors import OstroError
+from ostro.errors import OstroError, RecipeError
 from ostro.inference.encoder import Encoder
 from ostro.losses.cached import cached_backward
 from ostro.losses.contrastive import ContrastiveOutput, ContrastiveTargets, LearnedTemperature, contrastive_loss
@@ -71,7 +72,8 @@ def run(recipe: EmbedRecipe, *, console: Console) -> embed_result.EmbedResult:
     Raises:
         RecipeError: When the inputs contradict the recipe.
         Stopped: When a signal asked for a stop; a checkpoint was written and the message says how to go on.
-        OstroError: When the loss becomes infinite or nan, or a file cannot be read or written.
+        OstroError: When a row is wrong, the loss becomes infinite or nan, or a file cannot be read or written; what was
+            done until then is in a checkpoint.
     """
     folder = Path(recipe.output)
     embed_result.check_extras(recipe)
@@ -100,26 +102,21 @@ def train(trainer: EmbedTrainer, encoder: Encoder, folder: Path, stop: runtime.S
         while trainer.step < num_steps:
             try:
                 row = trainer.train_step()
-            except OstroError as error:
-                path = trainer.save(folder)
-                raise OstroError(f"step {trainer.step + 1}: {error}. The state before it is in {path}") from error
-            speed.add(int(row["num_tokens"]))
-            line.advance()
-            step, last = trainer.step, trainer.step == num_steps
-            if step % recipe.train.log_every == 0 or last:
-                row = {**row, "tokens_per_s": speed.read()}
-                log.row(step, row)
-                line.show(step, row)
-            if recipe.evaluate and (last or _due(step, recipe.train.evaluate_every)):
-                embed_result.evaluate_during(recipe.evaluate, encoder, step, log, line)
+                speed.add(int(row["num_tokens"]))
+                line.advance()
+                step, last = trainer.step, trainer.step == num_steps
+                if step % recipe.train.log_every == 0 or last:
+                    row = {**row, "tokens_per_s": speed.read()}
+                    log.row(step, row)
+                    line.show(step, row)
+                if recipe.evaluate and (last or _due(step, recipe.train.evaluate_every)):
+                    embed_result.evaluate_during(recipe.evaluate, encoder, step, log, line)
+            except (OstroError, OSError) as error:
+                raise runtime.stopped_by(error, trainer.save(folder), trainer.step, num_steps) from error
             if last or _due(step, recipe.train.save_every) or stop.signal_number:
                 path = trainer.save(folder)
-            if stop.signal_number and not last:
-                raise runtime.Stopped(
-                    f"{folder}: stopped by signal {stop.signal_number} after step {step} of {num_steps}; saved {path}. "
-                    "Run the same command again to go on",
-                    stop.signal_number,
-                )
+            if stop.signal_number:
+                raise runtime.stopped_by(signal.Signals(stop.signal_number), path, step, num_steps)
 
 
 def _due(step: int, period: int | None) -> bool:
@@ -130,22 +127,30 @@ def build_embedder(recipe: EmbedRecipe) -> tuple[Embedder, TextTokenizer]:
     """The model to train, on its device, and its tokenizer.
 
     Raises:
+        RecipeError: When the model has no part `model.extract_submodel`, or fewer dims than `loss.matryoshka_dims`.
         LayoutError: When the weights are not of the family, or the tokenizer has ids beyond the vocabulary.
         CheckpointError: When the files cannot be read.
     """
-    options = recipe.model
-    backbone = build_encoder_backbone(
-        options.weights,
-        "embedding",
-        pooling=options.pooling,
-        extract_submodel=options.extract_submodel,
-        dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype],
-    )
+    options, dims = recipe.model, recipe.loss.matryoshka_dims
+    try:
+        backbone = build_encoder_backbone(
+            options.weights,
+            "embedding",
+            pooling=options.pooling,
+            extract_submodel=options.extract_submodel,
+            dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype],
+        )
+    except ValueError as error:
+        if options.extract_submodel is None:
+            raise
+        raise RecipeError(f"model.{error}") from error
     tokenizer = load_tokenizer(options.weights)
     check_vocabulary(tokenizer, backbone.config.vocab_size)
     if options.activation_checkpointing:
         checkpoint_activations(backbone)
     embedder = Embedder(backbone, pooling=options.pooling)
+    if dims and dims[0] > embedder.num_dims:
+        raise RecipeError(f"loss.matryoshka_dims: must be <= the model's {embedder.num_dims} dims, got {list(dims)}")
     return embedder.to(runtime.select_device()).train(), tokenizer
 
 
@@ -178,6 +183,7 @@ class EmbedTrainer:
             weights["log_temperature"] = self._temperature.log_temperature
         self._weights = weights
         self._optimizer = Optimizer(weights, recipe.optimizer)
+        self._mark_position()
         self.num_steps = recipe.train.num_steps or _steps_of_epochs(recipe, loader)
 
     def train_step(self) -> dict[str, float]:
@@ -188,7 +194,7 @@ class EmbedTrainer:
             `epoch`.
 
         Raises:
-            OstroError: When loss or gradient norm is not finite; weights and step count are untouched.
+            OstroError: When a row is wrong, or loss or gradient norm is not finite; `state` is still that before it.
         """
         train = self.recipe.train
         loss = accuracy = 0.0
@@ -206,6 +212,7 @@ class EmbedTrainer:
         self._masters.publish()
         self.step += 1
         self.num_tokens += num_tokens
+        self._mark_position()
         temperature = self._temperature().item() if self._temperature else self.recipe.loss.temperature
         return {
             "loss": loss,
@@ -234,15 +241,19 @@ class EmbedTrainer:
 
         return cached_backward(self._embedder, packed, groups, loss_of)
 
+    def _mark_position(self) -> None:
+        """Notes where data and random draws stand between two steps: a step that fails has moved both."""
+        self._position, self._random = self._loader.state_dict(), runtime.random_state()
+
     def state(self) -> EmbedState:
-        """The run as it stands after `step` steps; tensors are the live ones."""
+        """The run as it stands after `step` whole steps; weights and moments are the live ones."""
         return EmbedState(
             step=self.step,
             num_tokens=self.num_tokens,
             weights={name: weight.detach() for name, weight in self._weights.items()},
             optimizer=self._optimizer.state_dict(),
-            loader=self._loader.state_dict(),
-            random=runtime.random_state(),
+            loader=self._position,
+            random=self._random,
         )
 
     def save(self, folder: Path) -> Path:
@@ -261,7 +272,8 @@ class EmbedTrainer:
         self._masters.publish()
         self._loader.load_state_dict(state["loader"])
         runtime.restore_random_state(state["random"])
-        console.print(f"{path}: continuing after step {self.step} of {self.num_steps}", highlight=False)
+        self._mark_position()
+        console.out(f"{path}: continuing after step {self.step} of {self.num_steps}", highlight=False)
 
 
 def _steps_of_epochs(recipe: EmbedRecipe, loader: RetrievalLoader) -> int:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from ostro.checkpoint.export import export_embedder, verify_export
 from ostro.checkpoint.model_card import EmbedderSettings, ModelCard
@@ -27,7 +26,7 @@ from ostro.models.tokenizer import TextTokenizer
 from ostro.retrieval.bm25 import bm25
 from ostro.retrieval.evaluate import evaluate
 from ostro.retrieval.options import EvaluateOptions
-from ostro.retrieval.report import RetrievalReport
+from ostro.retrieval.report import RetrievalReport, metric_table
 from ostro.train.metrics import LiveLine, RunLog
 from ostro.train.recipe import EmbedRecipe
 from ostro.train.report import write_report
@@ -180,15 +179,8 @@ def _texts_to_verify(recipe: EmbedRecipe) -> list[str]:
 def show(result: EmbedResult, console: Console) -> None:
     """Prints the result table and where everything is."""
     if result.metrics:
-        table = Table(title="test set", title_justify="left")
-        table.add_column("")
-        for name in result.metrics:
-            table.add_column(name, justify="right")
-        rows = {"trained": result.metrics, **result.baselines}
-        for label, values in rows.items():
-            table.add_row(label, *(f"{values[name]:.3f}" for name in result.metrics))
-        console.print(table)
-    console.print(f"weights  {result.weights}\nreport   {result.folder / 'report.html'}", highlight=False)
+        console.out(metric_table({"trained": result.metrics, **result.baselines}), highlight=False)
+    console.out(f"weights  {result.weights}\nreport   {result.folder / 'report.html'}", highlight=False)
 
 
 def _search(options: EvaluateOptions, encoder: Encoder) -> RetrievalReport:

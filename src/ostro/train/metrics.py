@@ -215,11 +215,11 @@ class LiveLine:
         text = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
         self._progress.update(self._task, description=text)
         if not self._console.is_terminal:
-            self._console.print(f"step {step}  {text}  lr {row['learning_rate']:.2e}", highlight=False)
+            self._console.out(f"step {step}  {text}  lr {row['learning_rate']:.2e}", highlight=False)
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
-        self._console.print(text, highlight=False)
+        self._console.out(text, highlight=False)
 
 
 @contextmanager

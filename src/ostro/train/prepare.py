@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ostro.errors import RecipeError
 from ostro.train.recipe import EmbedRecipe
 
 
@@ -21,6 +22,7 @@ def prepare_inputs(recipe: EmbedRecipe, console: Console) -> None:
         console: Says what is made.
 
     Raises:
+        RecipeError: When the size or vocabulary asked for does not exist.
         OstroError: When a package is missing or a folder cannot be written.
     """
     weights, dataset = recipe.prepare.weights, recipe.prepare.dataset
@@ -28,14 +30,17 @@ def prepare_inputs(recipe: EmbedRecipe, console: Console) -> None:
     if weights is not None and not weights_folder.exists():
         from ostro.checkpoint.create import create_weights
 
-        console.print(
+        console.out(
             f"{weights_folder}: making random {weights.precision} weights, {weights.size}, {weights.layout}",
             highlight=False,
         )
-        create_weights(weights_folder, **weights.model_dump(), seed=recipe.seed)
+        try:
+            create_weights(weights_folder, **weights.model_dump(), seed=recipe.seed)
+        except RecipeError as error:
+            raise RecipeError(f"prepare.weights.{error}") from error
     data_folder = Path(recipe.data.train[0].path)
     if dataset is not None and not data_folder.exists():
         from ostro.demo.attack import prepare_attack
 
-        console.print(f"{data_folder}: writing the ATT&CK procedures (c) MITRE, see its NOTICE", highlight=False)
+        console.out(f"{data_folder}: writing the ATT&CK procedures (c) MITRE, see its NOTICE", highlight=False)
         prepare_attack(data_folder)

@@ -22,7 +22,7 @@ from types import FrameType
 import numpy
 import torch
 
-from ostro.errors import OstroError, RecipeError
+from ostro.errors import DataError, OstroError, RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,22 @@ class Stopped(OstroError):
         """Keeps the signal for the exit code."""
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def stopped_by(cause: Exception | signal.Signals, checkpoint: Path, step: int, num_steps: int) -> OstroError:
+    """The error that ends a run between two steps and says how to go on.
+
+    Args:
+        cause: What went wrong, or the signal that asked for the stop.
+        checkpoint: Where the run stands, saved.
+        step: Optimizer steps done.
+        num_steps: Optimizer steps of the whole run.
+    """
+    how = "mend the row in place, so that the number of rows stays, and run" if isinstance(cause, DataError) else "run"
+    stand = f"Stopped after step {step} of {num_steps} and saved {checkpoint}; {how} the same command again to go on"
+    if isinstance(cause, signal.Signals):
+        return Stopped(f"received {cause.name}. {stand}", cause)
+    return OstroError(f"{cause}. {stand}")
 
 
 @dataclass
@@ -69,6 +85,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
     def receive(number: int, frame: FrameType | None) -> None:
         request.signal_number = number
         restore()
+        # not print: a handler may run in the middle of another write to stderr, which Python refuses to nest
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
 
     for number in handled:
         signal.signal(number, receive)
@@ -106,21 +124,22 @@ def restore_random_state(state: dict[str, torch.Tensor]) -> None:
 
 
 def open_run_folder(folder: Path, resolved_recipe: str) -> None:
-    """Creates the run folder, or checks that an earlier run in it had the same recipe, and records versions and host
-    facts.
+    """Creates the run folder, or checks that the checkpoints in it are of the same recipe, and records versions and
+    host facts.
 
     Args:
         folder: The recipe's `output`.
         resolved_recipe: YAML of the whole recipe.
 
     Raises:
-        RecipeError: When the folder holds a run of another recipe; the message shows what differs.
+        RecipeError: When the folder holds checkpoints of another recipe; the message shows what differs.
         OstroError: When the folder cannot be written.
     """
     recipe_file = folder / "recipe.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if recipe_file.exists():
+        # a run that failed before its first checkpoint has left nothing to go on from, so its recipe may be mended
+        if recipe_file.exists() and any(folder.glob("checkpoints/step-*")):
             _check_same_recipe(recipe_file, resolved_recipe)
         recipe_file.write_text(resolved_recipe, encoding="utf-8")
         (folder / "environment.json").write_text(json.dumps(host_facts(), indent=2) + "\n", encoding="utf-8")

@@ -15,15 +15,8 @@ from transformers import (
 
 from ostro.models.ministral_bidirectional import Ministral3BidirectionalModel
 from ostro.models.tokenizer import TextTokenizer
-from tests.helpers.exported import (
-    TEXTS,
-    bidirectional,
-    blocks,
-    export,
-    reference,
-    settings,
-    small_tokenizer,
-)
+from tests.helpers.exported import TEXTS, bidirectional, export, reference, settings, small_tokenizer
+from tests.helpers.guides import code_of
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +51,7 @@ def test_card_header_and_tables(folder: Path) -> None:
     assert "120 optimizer steps on `BeIR/fiqa`, `data`." in text
     assert "secret" not in text
     assert '`"query: "`' in text
-    assert blocks(folder / "README.md", "yaml")[0] == "loss:\n  temperature: 0.05\n  symmetric: true\n"
+    assert code_of(folder / "README.md", "yaml")[0] == "loss:\n  temperature: 0.05\n  symmetric: true\n"
 
 
 @pytest.mark.parametrize("pooling", ["avg", "weighted_avg", "cls", "last"])
@@ -74,8 +67,8 @@ def test_card_examples_run(
     monkeypatch.chdir(tmp_path)
     expected = reference(model, tokenizer, ["query: what is searched for"], used)
     page = tmp_path / "embedder" / "README.md"
-    assert len(blocks(page, "bash")) == (pooling != "weighted_avg")
-    with_ostro, with_sentence_transformers, with_transformers = blocks(page, "python")
+    assert len(code_of(page, "bash")) == (pooling != "weighted_avg")
+    with_ostro, with_sentence_transformers, with_transformers = code_of(page, "python")
     for code in (with_ostro, with_sentence_transformers):
         names: dict[str, Any] = {}
         exec(code, names)
@@ -94,7 +87,7 @@ def test_the_guide_runs(
     tokenizer.save(tmp_path / "weights")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    for code in blocks(Path(__file__).parents[3] / "docs" / "guides" / "export.md", "python"):
-        exec(code, names)
+    for example in code_of(Path(__file__).parents[3] / "docs" / "guides" / "export.md", "python"):
+        exec(example, names)
     assert (tmp_path / "exported" / "README.md").is_file()
     assert names["scores"].shape == (1, 2)

@@ -107,9 +107,12 @@ def test_names_are_told_from_paths(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert is_local(str(folder))
     assert is_local("runs")
     assert not is_local("mistralai/Ministral-3-3B-Base-2512")
-    assert not is_local("gpt2")
-    for path in ("./nothing", "~/nothing", str(folder / "nothing"), "a/b/c"):
+    for path in ("./nothing", "~/nothing", str(folder / "nothing"), "a/b/c", "nothing", "runs/nothing"):
         with pytest.raises(CheckpointError, match="no such folder; give a weights folder or a hub id"):
+            is_local(path)
+    (folder / "runs" / "first").mkdir()
+    for path in ("rusn", "rusn/a/b", "runs/fisrt"):
+        with pytest.raises(CheckpointError, match=r"no such folder \(nearest: runs(/first)?\)"):
             is_local(path)
     with pytest.raises(LayoutError, match=r"config\.json: is a file, expected the weights folder"):
         is_local("config.json")

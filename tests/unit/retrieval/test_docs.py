@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from ostro.retrieval.options import EvaluateOptions
-from tests.helpers.exported import bidirectional, blocks, small_tokenizer
+from tests.helpers.exported import bidirectional, small_tokenizer
+from tests.helpers.guides import code_of
 from tests.unit.retrieval.sets import evaluation_set
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -22,9 +23,9 @@ def test_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     evaluation_set(tmp_path / "my-corpus", texts, ["wind from the south"], {0: {1: 2}})
     bidirectional().save_pretrained("weights")
     small_tokenizer(tmp_path / "tokenizer").save(tmp_path / "weights")
-    (code,) = blocks(DOCS / "guides" / "evaluate.md", "python")
+    (example,) = code_of(DOCS / "guides" / "evaluate.md", "python")
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec(example, names)
     assert capsys.readouterr().out.splitlines()[-1].endswith(" BM25: 1.0")
     row = json.loads(Path("evaluation/per_query.jsonl").read_text(encoding="utf-8"))
     assert row["relevant"]["d1"] in (1, 2)
@@ -32,14 +33,14 @@ def test_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_the_recipe_of_the_guide_is_valid() -> None:
-    (text,) = blocks(DOCS / "guides" / "evaluate.md", "yaml")
+    (text,) = code_of(DOCS / "guides" / "evaluate.md", "yaml")
     options = {key: EvaluateOptions.model_validate(block) for key, block in yaml.safe_load(text).items()}
     assert (options["evaluate"].max_queries, options["test"].ks) == (500, (10, 100))
 
 
 def test_the_reference_works_and_lists_every_option() -> None:
     page = DOCS / "reference" / "retrieval.md"
-    (code,) = blocks(page, "python")
-    exec(code, {})
+    (example,) = code_of(page, "python")
+    exec(example, {})
     listed = [line.split("`")[1] for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     assert listed == list(EvaluateOptions.model_fields)

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 from dataclasses import fields
 from pathlib import Path
@@ -80,7 +81,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     parts = recipe(inputs, tmp_path / "parts", **blocks)
     with monkeypatch.context() as patch:
         StopAfter(patch, 3)
-        with pytest.raises(runtime.Stopped, match=r"stopped by signal 15 after step 3 of 6; saved .*step-00000003"):
+        with pytest.raises(
+            runtime.Stopped, match=r"^received SIGTERM. Stopped after step 3 of 6 and saved .*step-00000003"
+        ):
             embed.run(parts, console=quiet())
     embed.run(parts, console=quiet())
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -115,9 +118,23 @@ def test_another_recipe_in_the_same_output_is_refused(inputs: Path, tmp_path: Pa
         embed.run(recipe(inputs, tmp_path / "run", train={"num_steps": 2}), console=quiet())
 
 
+def test_a_stop_in_the_last_step_leaves_the_export_to_the_next_call(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = recipe(inputs, tmp_path / "run", train={"num_steps": 2})
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 2)
+        with pytest.raises(runtime.Stopped, match="after step 2 of 2"):
+            embed.run(run, console=quiet())
+    assert not (tmp_path / "run" / "weights").exists()
+    assert embed.run(run, console=quiet()).weights.is_dir()
+
+
 def test_a_non_finite_loss_leaves_the_last_good_state(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    blocks: dict[str, Any] = {"train": {"accumulation_steps": 2}}
+    embed.run(recipe(inputs, tmp_path / "whole", **blocks), console=quiet())
     original = embed.EmbedTrainer.train_step
 
     def train_step(trainer: embed.EmbedTrainer) -> dict[str, float]:
@@ -126,12 +143,31 @@ def test_a_non_finite_loss_leaves_the_last_good_state(
         return original(trainer)
 
     monkeypatch.setattr(embed.EmbedTrainer, "train_step", train_step)
-    with pytest.raises(OstroError, match=r"step 3: loss: is nan; .*The state before it is in .*step-00000002"):
-        embed.run(
-            recipe(inputs, tmp_path / "run", evaluate={"ks": [5]}, train={"evaluate_every": None}), console=quiet()
-        )
+    run = recipe(inputs, tmp_path / "run", **blocks)
+    with pytest.raises(OstroError, match=r"^loss: is nan; .*Stopped after step 2 of 6 and saved .*step-00000002"):
+        embed.run(run, console=quiet())
     monkeypatch.undo()
-    embed.run(recipe(inputs, tmp_path / "run", evaluate={"ks": [5]}, train={"evaluate_every": None}), console=quiet())
+    embed.run(run, console=quiet())
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_an_evaluation_that_fails_loses_no_step(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = tmp_path / "data"
+    shutil.copytree(inputs / "data", copied)
+    original = embed.EmbedTrainer.train_step
+
+    def train_step(trainer: embed.EmbedTrainer) -> dict[str, float]:
+        if trainer.step == 2:
+            (copied / "qrels" / "test.tsv").unlink()
+        return original(trainer)
+
+    monkeypatch.setattr(embed.EmbedTrainer, "train_step", train_step)
+    run = recipe(inputs, tmp_path / "run", evaluate={"path": str(copied)}, train={"save_every": None})
+    with pytest.raises(OstroError, match=r"^.*test\.tsv: no such file.*Stopped after step 3 of 6 and saved"):
+        embed.run(run, console=quiet())
+    shutil.copy(inputs / "data" / "qrels" / "test.tsv", copied / "qrels" / "test.tsv")
+    monkeypatch.undo()
+    embed.run(run, console=quiet())
     assert len(losses(tmp_path / "run")) == 6
 
 
@@ -172,6 +208,29 @@ def test_accumulated_batches_weigh_equally(inputs: Path, tmp_path: Path) -> None
         trainer = embed.EmbedTrainer(single, embedder, loader)
         rows = [trainer.train_step() for _ in range(3)]
     assert row["loss"] == pytest.approx(sum(one["loss"] for one in rows) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ({"model": {"extract_submodel": "tower"}}, r"^model\.extract_submodel: 'tower': no part 'tower'"),
+        (
+            {"loss": {"matryoshka_dims": [4096]}},
+            r"^loss\.matryoshka_dims: must be <= the model's 192 dims, got \[4096\]",
+        ),
+        (
+            {"model": {"weights": "not-there"}, "prepare": {"weights": {"size": "huge"}}},
+            r"^prepare\.weights\.size: must be one of tiny",
+        ),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_before_training(
+    blocks: dict[str, Any], message: str, inputs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        embed.run(recipe(inputs, tmp_path / "run", **blocks), console=quiet())
+    mended = recipe(inputs, tmp_path / "run", train={"num_steps": 1})
+    assert embed.run(mended, console=quiet()).weights.is_dir()
 
 
 def test_activation_checkpointing_changes_no_number(inputs: Path, tmp_path: Path) -> None:

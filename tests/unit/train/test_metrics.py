@@ -1,15 +1,17 @@
-"""metrics.jsonl after a resume, and trackers that are not installed."""
+"""metrics.jsonl after a resume, trackers that are not installed, and the lines where there is no terminal."""
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ostro.errors import OstroError
-from ostro.train.metrics import MetricsFile, open_log, open_trackers
+from ostro.train.metrics import MetricsFile, live_line, open_log, open_trackers
 from ostro.train.options import TrackOptions
 
 
@@ -45,6 +47,17 @@ def test_tensorboard_receives_rows_and_evaluations(tmp_path: Path) -> None:
     events.Reload()
     assert [event.value for event in events.Scalars("loss")] == [2.0]
     assert [event.value for event in events.Scalars("dev/nDCG@10")] == [0.5]
+
+
+def test_without_a_terminal_a_line_stays_a_line() -> None:
+    out = io.StringIO()
+    with live_line(Console(file=out, width=20), num_steps=2, first_step=0) as line:
+        line.show(1, {"loss": 0.5, "tokens_per_s": 1234.0, "learning_rate": 1e-3})
+        line.say("step 1  runs/[b]/weights  nDCG@10 0.500  Recall@10 0.700")
+    assert out.getvalue().splitlines() == [
+        "step 1  loss 0.5000  1,234 tokens/s  lr 1.00e-03",
+        "step 1  runs/[b]/weights  nDCG@10 0.500  Recall@10 0.700",
+    ]
 
 
 @pytest.mark.parametrize("backend", ["wandb", "trackio"])
