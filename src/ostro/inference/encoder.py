@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file
 
 from ostro.errors import LayoutError
 from ostro.models.backbone import build_encoder_backbone
-from ostro.models.embedder import Embedder
+from ostro.models.embedder import SINGLE_VECTOR_POOLING, Embedder
 from ostro.models.packed import PackedTexts, micro_batches
 from ostro.models.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
 
@@ -97,9 +97,13 @@ class Encoder:
         settings = _read_json(name, "config_sentence_transformers.json")
         limits = _read_json(name, "sentence_bert_config.json")
         modules = _read_json(name, "modules.json")
+        pooling = backbone.config.to_dict().get("pooling", "avg")
+        if pooling not in SINGLE_VECTOR_POOLING:
+            known = ", ".join(SINGLE_VECTOR_POOLING)
+            raise LayoutError(f"{name}: config.json: pooling must be one of {known} for one vector, got {pooling!r}")
         embedder = Embedder(
             backbone,
-            pooling=backbone.config.to_dict().get("pooling", "avg"),
+            pooling=pooling,
             normalize=not modules or any(str(module["type"]).endswith("Normalize") for module in modules),
         )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

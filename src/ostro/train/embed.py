@@ -111,7 +111,7 @@ def train(trainer: EmbedTrainer, encoder: Encoder, folder: Path, stop: runtime.S
                     line.show(step, row)
                 if recipe.evaluate and (last or _due(step, recipe.train.evaluate_every)):
                     embed_result.evaluate_during(recipe.evaluate, encoder, step, log, line)
-            except (OstroError, OSError) as error:
+            except (OstroError, OSError, torch.OutOfMemoryError) as error:
                 raise runtime.stopped_by(error, trainer.save(folder), trainer.step, num_steps) from error
             if last or _due(step, recipe.train.save_every) or stop.signal_number:
                 path = trainer.save(folder)

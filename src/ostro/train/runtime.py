@@ -26,6 +26,15 @@ from ostro.errors import DataError, OstroError, RecipeError
 
 logger = logging.getLogger(__name__)
 
+# Keys that decide how a run is done and not what comes out: these may change when it goes on.
+_FREE_KEYS = (
+    "micro_batch_tokens:",
+    "activation_checkpointing:",
+    "log_every:",
+    "evaluate_every:",
+    "save_every:",
+    "keep_last:",
+)
 # Packages whose version changes results; written beside every run.
 _RECORDED_PACKAGES = ("ostro", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
@@ -52,6 +61,9 @@ def stopped_by(cause: Exception | signal.Signals, checkpoint: Path, step: int, n
     stand = f"Stopped after step {step} of {num_steps} and saved {checkpoint}; {how} the same command again to go on"
     if isinstance(cause, signal.Signals):
         return Stopped(f"received {cause.name}. {stand}", cause)
+    if isinstance(cause, torch.OutOfMemoryError):
+        first_line = str(cause).splitlines()[0]
+        return OstroError(f"data.micro_batch_tokens: too large for the memory ({first_line}); lower it. {stand}")
     return OstroError(f"{cause}. {stand}")
 
 
@@ -167,10 +179,13 @@ def host_facts() -> dict[str, object]:
 
 
 def _check_same_recipe(recipe_file: Path, resolved_recipe: str) -> None:
-    earlier = recipe_file.read_text(encoding="utf-8")
+    earlier, now = (
+        [line for line in text.splitlines() if not line.strip().startswith(_FREE_KEYS)]
+        for text in (recipe_file.read_text(encoding="utf-8"), resolved_recipe)
+    )
     changed = [
         line
-        for line in difflib.unified_diff(earlier.splitlines(), resolved_recipe.splitlines(), lineterm="", n=0)
+        for line in difflib.unified_diff(earlier, now, lineterm="", n=0)
         if line[:1] in "+-" and not line.startswith(("---", "+++"))
     ]
     if changed:

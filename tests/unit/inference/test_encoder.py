@@ -90,6 +90,14 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(folder: Path, tmp_path: Pa
         Encoder.from_pretrained(tmp_path / "small")
 
 
+def test_pooling_to_many_vectors_is_refused(tmp_path: Path) -> None:
+    create_weights(tmp_path / "w", size="tiny", layout="text-only", precision="bf16", vocab_size=1500, seed=0)
+    config = json.loads((tmp_path / "w" / "config.json").read_text())
+    (tmp_path / "w" / "config.json").write_text(json.dumps({**config, "pooling": "colbert"}))
+    with pytest.raises(LayoutError, match=r"config\.json: pooling must be one of avg.*got 'colbert'"):
+        Encoder.from_pretrained(tmp_path / "w")
+
+
 def test_broken_settings_name_the_file(folder: Path, tmp_path: Path) -> None:
     create_weights(tmp_path / "w", size="tiny", layout="text-only", precision="bf16", vocab_size=1500, seed=0)
     (tmp_path / "w" / "modules.json").write_text("{not json")

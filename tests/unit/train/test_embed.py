@@ -130,6 +130,36 @@ def test_a_stop_in_the_last_step_leaves_the_export_to_the_next_call(
     assert embed.run(run, console=quiet()).weights.is_dir()
 
 
+def test_keys_that_change_no_result_may_change_when_a_run_goes_on(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 2)
+        with pytest.raises(runtime.Stopped):
+            embed.run(recipe(inputs, tmp_path / "run"), console=quiet())
+    other = recipe(inputs, tmp_path / "run", data={"micro_batch_tokens": 500}, train={"save_every": 3, "log_every": 2})
+    embed.run(other, console=quiet())
+    assert exported(tmp_path / "run").shape == (3, 192)
+
+
+def test_running_out_of_memory_leaves_a_checkpoint_and_names_the_key(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = embed.EmbedTrainer._backward
+
+    def backward(trainer: embed.EmbedTrainer, batch: Any) -> Any:
+        if trainer.step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore text")
+        return original(trainer, batch)
+
+    monkeypatch.setattr(embed.EmbedTrainer, "_backward", backward)
+    with pytest.raises(
+        OstroError, match=r"^data.micro_batch_tokens: too large .*2 GiB.\); lower it. Stopped after step 1"
+    ):
+        embed.run(recipe(inputs, tmp_path / "run"), console=quiet())
+    assert latest_train_state(tmp_path / "run" / "checkpoints") is not None
+
+
 def test_a_non_finite_loss_leaves_the_last_good_state(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
