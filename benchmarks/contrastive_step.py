@@ -174,32 +174,39 @@ def main() -> None:
             )
         )
         return
-    body = []
+    body = [memory_section(arguments.memory_sizes)]
     for count in arguments.sizes:
-        rows = [{**case, **in_own_process(__file__, case)} for case in cases(count)]
-        default = rows[0]
-        tuned = {
-            low: max(row["tok_per_cpu_s"] for row in rows if row["run"] != "ours" and is_low(row) == low)
-            for low in (False, True)
-        }
-        body.append(f"## N = {count} pairs\n\n" + table([shown(row, default, tuned) for row in rows], COLUMNS))
-    memory = [
-        {"run": "ours", "n": count, "dtype": "bfloat16", "micro_batch_tokens": 2048} for count in arguments.memory_sizes
-    ]
-    rows = [{**case, **in_own_process(__file__, case)} for case in memory]
-    flat = [
-        {"N": row["n"], "peak MiB": f"{row['peak_mib']:.0f}", "embeddings + scores MiB": f"{held(row['n']):.0f}"}
-        for row in rows
-    ]
-    body.append(
-        "## Peak memory against batch size (ours, 2,048 tokens per micro-batch)\n\n" + table(flat, list(flat[0]))
-    )
-    packages = ["torch", "transformers", "sentence-transformers"]
-    write_result(
-        "contrastive_step", "One contrastive step against sentence-transformers", "\n\n".join(body), packages=packages
-    )
+        rows: list[dict[str, Any]] = []
+        for case in cases(count):
+            rows.append({**case, **in_own_process(__file__, case)})
+            # written after every case: the peer's defaults take minutes, and a stopped run keeps what it has
+            write_result("contrastive_step", TITLE, "\n\n".join([*body, step_section(count, rows)]), packages=PACKAGES)
+        body.append(step_section(count, rows))
 
 
+def memory_section(counts: list[int]) -> str:
+    """Peak memory of our step over the number of pairs."""
+    rows = []
+    for count in counts:
+        case = {"run": "ours", "n": count, "dtype": "bfloat16", "micro_batch_tokens": 2048}
+        peak = in_own_process(__file__, case)["peak_mib"]
+        rows.append({"N": count, "peak MiB": f"{peak:.0f}", "embeddings + scores MiB": f"{held(count):.0f}"})
+    title = "## Peak memory against batch size (ours, bfloat16, 2,048 tokens per micro-batch)"
+    return f"{title}\n\n{table(rows, list(rows[0]))}"
+
+
+def step_section(count: int, rows: list[dict[str, Any]]) -> str:
+    """The table of one batch size; the best setting of the peer is taken among those of the same precision."""
+    peer = [row for row in rows if row["run"] != "ours"]
+    tuned = {
+        low: max((row["tok_per_cpu_s"] for row in peer if is_low(row) == low), default=float("nan"))
+        for low in (False, True)
+    }
+    return f"## N = {count} pairs\n\n" + table([shown(row, rows[0], tuned) for row in rows], COLUMNS)
+
+
+TITLE = "One contrastive step against sentence-transformers"
+PACKAGES = ["torch", "transformers", "sentence-transformers"]
 COLUMNS = ["setting", "tok/cpu-s", "x default", "x best tuned, same precision", "peak MiB", "loss", "grad norm"]
 
 
