@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ostro.errors import CheckpointError, LayoutError
-from ostro.models.folder import INDEX_NAME, read_dtypes
+from ostro.models.folder import INDEX_NAME, find_weights, read_dtypes
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,10 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give a weights folder")
-    single, index = folder / "model.safetensors", folder / INDEX_NAME
-    absent = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not single.is_file() and not index.is_file():
-        absent.append(single.name)
-    if absent:
-        native = sorted(path.name for name in ("params.json", "consolidated*") for path in folder.glob(name))
-        hint = "expected a folder in Hugging Face layout, as save_pretrained writes it"
-        if native:
-            hint = (
-                f"it holds Mistral's native layout ({', '.join(native[:3])}); add the Hugging Face files of the release"
-            )
-        raise LayoutError(f"{folder}: no {' and no '.join(absent)}; {hint}")
-    return (single,) if single.is_file() else tuple(sorted({folder / name for name in _weight_map(folder).values()}))
+    entry = find_weights(folder)
+    if entry.name != INDEX_NAME:
+        return (entry,)
+    return tuple(sorted({folder / name for name in _weight_map(folder).values()}))
 
 
 def read_headers(folder: Path) -> tuple[StoredTensor, ...]:

@@ -69,6 +69,24 @@ def check_weights_folder(folder: Path) -> None:
             FP8 weight has no scale, without which its values mean nothing.
         CheckpointError: When a weights file is missing, truncated or unreadable.
     """
+    entry = find_weights(folder)
+    dtypes: dict[str, str] = {}
+    for file in _indexed_files(entry) if entry.name == INDEX_NAME else [entry]:
+        dtypes |= read_dtypes(file)
+    bare = [key for key, dtype in dtypes.items() if dtype == "F8_E4M3" and f"{key}_scale_inv" not in dtypes]
+    if bare:
+        raise LayoutError(f"{folder}: {len(bare)} FP8 weights without weight_scale_inv ({first_ten(bare)})")
+
+
+def find_weights(folder: Path) -> Path:
+    """`model.safetensors` of a folder, else the index of its shards.
+
+    Args:
+        folder: An existing folder in Hugging Face layout.
+
+    Raises:
+        LayoutError: When `config.json` or the weights are absent, or there in Mistral's native layout only.
+    """
     single, index = folder / "model.safetensors", folder / INDEX_NAME
     absent = [] if (folder / "config.json").is_file() else ["config.json"]
     if not single.is_file() and not index.is_file():
@@ -82,12 +100,7 @@ def check_weights_folder(folder: Path) -> None:
                 "the Hugging Face files of the same release (config.json and model*.safetensors)"
             )
         raise LayoutError(f"{folder}: no {' and no '.join(absent)}; {hint}")
-    dtypes: dict[str, str] = {}
-    for file in [single] if single.is_file() else _indexed_files(index):
-        dtypes |= read_dtypes(file)
-    bare = [key for key, dtype in dtypes.items() if dtype == "F8_E4M3" and f"{key}_scale_inv" not in dtypes]
-    if bare:
-        raise LayoutError(f"{folder}: {len(bare)} FP8 weights without weight_scale_inv ({first_ten(bare)})")
+    return single if single.is_file() else index
 
 
 def read_dtypes(file: Path) -> dict[str, str]:

@@ -26,7 +26,6 @@ from ostro.checkpoint.export import verify_export
 from ostro.errors import CheckpointError, LayoutError
 from ostro.inference.encoder import Encoder
 from ostro.models.embedder import Embedder
-from ostro.models.ministral_bidirectional import Ministral3BidirectionalModel
 from ostro.models.tokenizer import TextTokenizer
 from tests.helpers.exported import (
     PROMPTS,
@@ -37,31 +36,9 @@ from tests.helpers.exported import (
     read,
     reference,
     settings,
-    small_tokenizer,
     stock_mistral,
 )
 from tests.helpers.tiny import text_config
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def model() -> Ministral3BidirectionalModel:
-    return bidirectional()
-
-
-@pytest.fixture(scope="module")
-def embeddings(model: PreTrainedModel, tokenizer: TextTokenizer) -> torch.Tensor:
-    return reference(model, tokenizer, TEXTS, settings())
-
-
-@pytest.fixture
-def folder(model: PreTrainedModel, tokenizer: TextTokenizer, tmp_path: Path) -> Path:
-    export(model, tokenizer, tmp_path / "embedder")
-    return tmp_path / "embedder"
 
 
 def test_the_folder_holds_what_consumers_read_and_no_more(folder: Path) -> None:

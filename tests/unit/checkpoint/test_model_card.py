@@ -13,31 +13,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ostro.models.ministral_bidirectional import Ministral3BidirectionalModel
 from ostro.models.tokenizer import TextTokenizer
-from tests.helpers.exported import TEXTS, bidirectional, export, reference, settings, small_tokenizer
+from tests.helpers.exported import export, reference, settings
 from tests.helpers.guides import code_of
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def model() -> Ministral3BidirectionalModel:
-    return bidirectional()
-
-
-@pytest.fixture(scope="module")
-def embeddings(model: PreTrainedModel, tokenizer: TextTokenizer) -> torch.Tensor:
-    return reference(model, tokenizer, TEXTS, settings())
-
-
-@pytest.fixture
-def folder(model: PreTrainedModel, tokenizer: TextTokenizer, tmp_path: Path) -> Path:
-    export(model, tokenizer, tmp_path / "embedder")
-    return tmp_path / "embedder"
 
 
 def test_card_header_and_tables(folder: Path) -> None:
