@@ -32,7 +32,7 @@ PACKED_ATTENTION = "ostro_packed"
 # Up to this many tokens a bf16 text on CPU takes plain matrix products: torch 2.13's fused CPU kernel is 2 to 10 times
 # slower there (backward of 20 texts of 49 tokens: 11.6 against 0.7 CPU ms). Beyond it the [L, L] scores that the
 # products keep for the backward pass cost more memory than the time is worth.
-_PLAIN_PRODUCT_TOKENS = 512
+_PLAIN_PRODUCT_TOKENS = 256
 
 
 @dataclass(frozen=True)
