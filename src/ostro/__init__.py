@@ -11,20 +11,26 @@ from typing import TYPE_CHECKING
 from ostro.errors import CheckpointError, DataError, LayoutError, OstroError, RecipeError
 
 if TYPE_CHECKING:
+    from ostro.checkpoint.auto import AutoModelForImageTextToText
+    from ostro.inference.chat import Chat
     from ostro.inference.encoder import Encoder
     from ostro.models.backbone import build_encoder_backbone
     from ostro.models.ministral_bidirectional import Ministral3BidirectionalConfig, Ministral3BidirectionalModel
+    from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
     from ostro.models.registry import ModelRegistry
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoModelForImageTextToText",
+    "Chat",
     "CheckpointError",
     "DataError",
     "Encoder",
     "LayoutError",
     "Ministral3BidirectionalConfig",
     "Ministral3BidirectionalModel",
+    "Mistral3FP8VLMForConditionalGeneration",
     "ModelRegistry",
     "OstroError",
     "RecipeError",
@@ -33,9 +39,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AutoModelForImageTextToText": "ostro.checkpoint.auto",
+    "Chat": "ostro.inference.chat",
     "Encoder": "ostro.inference.encoder",
     "Ministral3BidirectionalConfig": "ostro.models.ministral_bidirectional",
     "Ministral3BidirectionalModel": "ostro.models.ministral_bidirectional",
+    "Mistral3FP8VLMForConditionalGeneration": "ostro.models.mistral3_vlm",
     "ModelRegistry": "ostro.models.registry",
     "build_encoder_backbone": "ostro.models.backbone",
 }

@@ -53,7 +53,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Adapt Mistral-3 models: train, evaluate, export and use search embedders."""
+    """Adapt Mistral-3 models: train search embedders and vision-language models, evaluate, export and use them."""
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(2)
@@ -72,6 +72,14 @@ class Format(StrEnum):
 
     npy = "npy"
     jsonl = "jsonl"
+
+
+class Precision(StrEnum):
+    """How an exported vision-language model stores what was FP8 in its source."""
+
+    source = "source"
+    bf16 = "bf16"
+    fp8 = "fp8"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -125,10 +133,21 @@ def train(
 
     from rich.console import Console
 
-    from ostro.train import embed, runtime
+    from ostro.train import runtime
+    from ostro.train.prepare import prepare_inputs
+    from ostro.train.recipe import EmbedRecipe
 
     try:
-        embed.run(loaded, console=Console())
+        prepare_inputs(loaded, Console())
+        # each loop is imported alone: the other one's packages may not be installed, and its import takes a second
+        if isinstance(loaded, EmbedRecipe):
+            from ostro.train import embed
+
+            embed.run(loaded, console=Console())
+        else:
+            from ostro.train import vlm
+
+            vlm.run(loaded, console=Console())
     except KeyboardInterrupt as error:
         message = f"{loaded.output}: interrupted; run the same command again to go on from its last checkpoint"
         raise runtime.Stopped(message, signal.SIGINT) from error
@@ -220,12 +239,38 @@ def export(
         Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint, or run folder for its latest.", show_default=False)
     ],
     output: Annotated[Path, typer.Option(help="Weights folder to write.", show_default=False)],
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="Of a vision-language model; what the recipe says when not given.", show_default=False),
+    ] = None,
 ) -> None:
-    """Write a checkpoint as a weights folder that sentence-transformers, transformers and vLLM open."""
+    """Write a checkpoint as a weights folder that other libraries open."""
     from ostro.train.export_run import export_checkpoint
 
-    step = export_checkpoint(checkpoint, output)
+    step = export_checkpoint(checkpoint, output, precision=precision.value if precision else None)
     print(f"{output}: the weights after step {step}")
+
+
+@app.command(epilog='Example: ostro chat runs/vlm-demo/weights --image photo.png "What is in the bottom left?"')
+def chat(
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="Weights folder.", show_default=False)],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.", show_default=False)],
+    images: Annotated[
+        list[Path] | None, typer.Option("--image", help="Picture to ask about; may be repeated.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer, at most.")] = 256,
+) -> None:
+    """Ask a vision-language model a question, with or without pictures."""
+    if not question.strip():
+        raise typer.BadParameter("empty; write a question", param_hint="QUESTION")
+
+    from ostro.data.conversation import ImagePart, Message, TextPart
+    from ostro.data.images import ImageSource
+    from ostro.inference.chat import Chat
+
+    pictures = [ImagePart(ImageSource(image, "--image")) for image in images or ()]
+    asked = Message("user", (*pictures, TextPart(question)))
+    print(Chat.from_pretrained(weights).answer([[asked]], max_new_tokens=max_new_tokens)[0])
 
 
 @app.command(epilog="Example: ostro inspect runs/first/weights")

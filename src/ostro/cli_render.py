@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ostro.checkpoint.report import FolderReport
-from ostro.retrieval.report import RetrievalReport, metric_table
+from ostro.retrieval.report import RetrievalReport
+from ostro.train.table import metric_table
 
 _MIB = 2**20
 

@@ -51,6 +51,14 @@ class Options(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @classmethod
+    def expand(cls, data: dict[str, Any]) -> None:
+        """Writes out in place what a recipe of this class may abbreviate; nothing by default.
+
+        Args:
+            data: Plain data of the recipe, not validated yet.
+        """
+
     @pydantic.field_validator("*", mode="after")
     @classmethod
     def _refuse_placeholders(cls, value: Any) -> Any:
@@ -202,6 +210,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str], kinds: Mapping[str
         got = f"got {_show(kind)}" if "kind" in data else "not given"
         raise RecipeError(f"kind: must be one of {', '.join(kinds)}; {got}")
     recipe_class = kinds[str(kind)]
+    recipe_class.expand(data)
     try:
         # JSON mode: strict about scalars, while a YAML list may still fill a tuple.
         return recipe_class.model_validate_json(json.dumps(data), strict=True)

@@ -6,6 +6,10 @@ what was expected and what to do. Programming errors are left to Python's own ex
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+_MAX_LISTED = 10
+
 
 class OstroError(Exception):
     """Base of every error a user can cause or mend; the command line prints it as one line."""
@@ -42,3 +46,14 @@ def missing_extra(extra: str, package: str) -> OstroError:
         An error to raise, naming the install command.
     """
     return OstroError(f"{package}: not installed; run: pip install 'ostro[{extra}]'")
+
+
+def shorten(keys: Iterable[str]) -> str:
+    """Up to ten keys, sorted, and how many more there are, for a message.
+
+    Args:
+        keys: Any number of keys.
+    """
+    ordered = sorted(keys)
+    more = f" and {len(ordered) - _MAX_LISTED} more" if len(ordered) > _MAX_LISTED else ""
+    return ", ".join(ordered[:_MAX_LISTED]) + more

@@ -29,18 +29,23 @@ def write_fp8_folder(
     layout: str = "nested",
     tie_word_embeddings: bool = True,
     config: Mistral3Config | None = None,
-    scale_shape: tuple[int, ...] = (),
+    scale_shape: tuple[int, ...] | str = (),
+    scale_dtype: torch.dtype = torch.float32,
+    fp8: bool = True,
     num_shards: int = 1,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Writes a tiny Mistral-3 checkpoint whose text linears are float8_e4m3fn with float32 scales.
+    """Writes a tiny Mistral-3 checkpoint whose text linears are float8_e4m3fn with scales.
 
     Args:
         folder: Made when it does not exist.
         layout: A key of `PREFIXES`; `text_only` leaves out vision tower and projector.
         tie_word_embeddings: Whether the head is the embedding, and so absent from the files.
         config: Outer config; a tiny one when None.
-        scale_shape: Shape of `weight_scale_inv`: `()` as released, or `(1,)`.
+        scale_shape: Shape of `weight_scale_inv`: `()` as released, or `(1,)`; or `row`, `column of rows` and `block`
+            for `(out,)`, `(out, 1)` and a grid of 4 x 2 blocks.
+        scale_dtype: Its type.
+        fp8: False leaves all weights bfloat16, without scales.
         num_shards: Files to spread the tensors over; a weight and its scale may land in different ones.
         seed: Of the weights.
 
@@ -59,19 +64,35 @@ def write_fp8_folder(
         ):
             continue
         name = stored_name(key, layout)
-        if in_tower and "_proj." in key:
-            scale = (weight.float().abs().max() / FP8_MAX).reshape(scale_shape)
-            stored[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+        if fp8 and in_tower and "_proj." in key:
+            stored[name], scale, weight = quantised(weight, scale_shape, scale_dtype)
             stored[name + "_scale_inv"] = scale
             stored[name.removesuffix("weight") + "activation_scale"] = torch.tensor(0.5)
-            weight = (stored[name].float() * scale).to(torch.bfloat16)
         else:
             stored[name] = weight.clone()
         if in_tower:
             truth[key.removeprefix("model.language_model.")] = weight
     save_shards(folder, stored, num_shards)
-    write_config(folder, config, layout)
+    write_config(folder, config, layout, fp8=fp8)
     return truth
+
+
+def quantised(
+    weight: torch.Tensor, scale_shape: tuple[int, ...] | str, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight `[out, in]` as FP8, its scale, and the bfloat16 values that the two stand for."""
+    rows, columns = {"row": (len(weight), 1), "column of rows": (len(weight), 1), "block": (4, 2)}.get(
+        str(scale_shape), (1, 1)
+    )
+    height, width = weight.shape[0] // rows, weight.shape[1] // columns
+    largest = weight.float().abs().view(rows, height, columns, width).amax((1, 3))
+    scale = (largest / FP8_MAX).clamp_min(1e-6).to(scale_dtype)
+    full = scale.float().repeat_interleave(height, 0).repeat_interleave(width, 1)
+    stored = (weight.float() / full).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    values = (stored.float() * full).to(torch.bfloat16)
+    if scale_shape == "row":
+        return stored, scale.view(-1), values
+    return stored, scale if isinstance(scale_shape, str) else scale.reshape(scale_shape), values
 
 
 def stored_name(key: str, layout: str) -> str:
@@ -106,20 +127,18 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def write_config(folder: Path, config: Mistral3Config, layout: str) -> None:
-    """Writes `config.json` with the FP8 marker where released folders carry it: at the top level."""
+def write_config(folder: Path, config: Mistral3Config, layout: str, *, fp8: bool = True) -> None:
+    """Writes `config.json`, with the FP8 marker where released folders carry it: at the top level."""
     architecture, source = "Mistral3ForConditionalGeneration", config.to_dict()
     if layout == "text_only":
         architecture, source = "Ministral3ForCausalLM", config.text_config.to_dict()
         source["tie_word_embeddings"] = config.tie_word_embeddings
-    source |= {
-        "architectures": [architecture],
-        "dtype": "bfloat16",
-        "quantization_config": {
+    source |= {"architectures": [architecture], "dtype": "bfloat16"}
+    if fp8:
+        source["quantization_config"] = {
             "quant_method": "fp8",
             "activation_scheme": "static",
             "weight_block_size": None,
             "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
-        },
-    }
+        }
     (folder / "config.json").write_text(json.dumps(source, indent=2))

@@ -26,3 +26,11 @@ def blocks(page: Path) -> list[Block]:
 def code_of(page: Path, language: str) -> list[str]:
     """The text of the blocks of one language, in order."""
     return [block.text for block in blocks(page) if block.language == language]
+
+
+def refusals(page: Path) -> list[str]:
+    """The messages in a guide's table "What it refuses", up to where they are cut."""
+    table = page.read_text(encoding="utf-8").partition("## What it refuses")[2]
+    return [
+        line.split("`")[1].partition("...")[0] for line in table.splitlines() if line.startswith("| ") and "`" in line
+    ]

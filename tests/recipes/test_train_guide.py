@@ -15,7 +15,7 @@ import pytest
 from ostro.cli import main
 from ostro.config import load_recipe
 from ostro.train.recipe import KINDS
-from tests.helpers.guides import blocks, code_of
+from tests.helpers.guides import blocks, code_of, refusals
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "train.md"
 
@@ -53,10 +53,4 @@ def test_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         with pytest.raises(SystemExit):
             main(words)
         told = capsys.readouterr().err.splitlines()[-1]
-        assert any(told.startswith(f"error: {shown}") for shown in refusals()), told
-
-
-def refusals() -> list[str]:
-    """The messages in the guide's last table, up to where they are cut."""
-    table = GUIDE.read_text(encoding="utf-8").partition("## What it refuses")[2]
-    return [line.split("`")[1].partition("...")[0] for line in table.splitlines() if line.startswith("| `")]
+        assert any(told.startswith(f"error: {shown}") for shown in refusals(GUIDE)), told

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-from ostro.checkpoint.layout import IDENTITY, NESTED, TEXT_LINEAR, TEXT_ONLY, Layout
-from ostro.checkpoint.presets import LAYOUT_NAMES, PRECISIONS, QUANTIZATION, SIZES, model_config
+from ostro.checkpoint.presets import LAYOUT_NAMES, PRECISIONS, SIZES, model_config
+from ostro.checkpoint.quantization import quantization_config
 from ostro.checkpoint.shards import Piece, new_folder, write_shards
 from ostro.errors import RecipeError
 from ostro.fp8.quantize import quantize
+from ostro.models.layout import IDENTITY, NESTED, TEXT_LINEAR, TEXT_ONLY, Layout
 from ostro.models.tokenizer import cut_tekken
 
 _LAYOUTS = dict(zip(LAYOUT_NAMES, (NESTED, IDENTITY, TEXT_ONLY), strict=True))
@@ -78,7 +79,7 @@ def _check(key: str, value: str, valid: Collection[str]) -> None:
 def _stored_config(config: dict[str, Any], layout: str, precision: str) -> dict[str, Any]:
     if layout == "text-only":
         config = {"architectures": ["Ministral3ForCausalLM"], "dtype": config["dtype"], **config["text_config"]}
-    return {**config, "quantization_config": QUANTIZATION} if precision == "fp8" else config
+    return {**config, "quantization_config": quantization_config("static")} if precision == "fp8" else config
 
 
 def _pieces(config: dict[str, Any], layout: Layout, *, fp8: bool, seed: int) -> list[Piece]:

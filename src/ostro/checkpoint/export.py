@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +39,7 @@ from transformers import (
 from ostro import __version__
 from ostro.checkpoint.files import read_json
 from ostro.checkpoint.model_card import POOLING_MODES, EmbedderSettings, ModelCard, render_card
-from ostro.checkpoint.shards import Piece, new_folder, write_shards
+from ostro.checkpoint.shards import Piece, replace_folder, write_shards
 from ostro.errors import CheckpointError, LayoutError
 from ostro.models.backbone import check_bidirectional
 from ostro.models.folder import check_weights_folder
@@ -98,7 +96,7 @@ def export_embedder(
     check_bidirectional(model)
     size = dtype.itemsize
     pieces = [Piece(weight.numel() * size, partial(_stored, key, weight, dtype)) for key, weight in weights.items()]
-    with _export_folder(folder, overwrite) as new:
+    with replace_folder(folder, _is_export, overwrite=overwrite) as new:
         write_shards(new, pieces, max_shard_gib=max_shard_gib)
         (new / "config.json").write_text(config.to_json_string(), encoding="utf-8")
         _write_modules(new, settings, config.hidden_size)
@@ -204,25 +202,6 @@ def _check_weights(weights: Mapping[str, torch.Tensor], expected: Mapping[str, t
 
 def _stored(key: str, weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {key: weight.detach().to("cpu", dtype).contiguous()}
-
-
-@contextmanager
-def _export_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """`new_folder`, which takes the place of an earlier export when it is whole."""
-    if not _is_export(folder):
-        with new_folder(folder) as new:
-            yield new
-        return
-    if not overwrite:
-        raise CheckpointError(f"{folder}: holds an earlier export; pass overwrite=True or choose another folder")
-    replacement, earlier = (folder.with_name(f".{folder.name}.ostro-{suffix}") for suffix in ("new", "earlier"))
-    for leftover in (replacement, earlier):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with new_folder(replacement) as new:
-        yield new
-    folder.rename(earlier)
-    replacement.rename(folder)
-    shutil.rmtree(earlier)
 
 
 def _is_export(folder: Path) -> bool:

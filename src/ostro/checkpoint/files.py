@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ostro.errors import CheckpointError, LayoutError
-from ostro.models.folder import INDEX_NAME, find_weights, read_dtypes
+from ostro.models.folder import (
+    INDEX_NAME,
+    NATIVE_INDEX_NAME,
+    NATIVE_NAME,
+    find_native_weights,
+    find_weights,
+    read_header,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class StoredTensor:
         file: The safetensors file.
         dtype: In the words of safetensors, such as `BF16` or `F8_E4M3`.
         shape: Its dims; empty for a scalar.
+        begin: Where its bytes begin in the file.
         num_bytes: Its size in the file.
     """
 
@@ -31,6 +39,7 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    begin: int
     num_bytes: int
 
     @property
@@ -39,46 +48,74 @@ class StoredTensor:
         return prod(self.shape)
 
 
+def is_native(folder: Path) -> bool:
+    """Whether a folder is to be read in Mistral's native layout: it has those files, and not the Hugging Face ones.
+
+    Args:
+        folder: Any folder.
+
+    Raises:
+        CheckpointError: When an index cannot be read.
+    """
+    stock = (folder / "config.json").is_file() and any(
+        (folder / name).is_file() for name in ("model.safetensors", INDEX_NAME)
+    )
+    return not stock and bool(find_native_weights(folder))
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The files that together hold each tensor once: `model.safetensors`, else those its index names.
 
-    `consolidated*.safetensors`, which hold the same weights again under Mistral's own names, are left out.
+    `consolidated*.safetensors`, which hold the same weights under Mistral's own names, are left out beside them, and
+    taken where they are alone.
 
     Args:
-        folder: A weights folder in Hugging Face layout.
+        folder: A weights folder in Hugging Face or native layout.
 
     Raises:
-        LayoutError: When `config.json` or the weights are absent, or there in Mistral's native layout only.
+        LayoutError: When there are no weights, or no `config.json` or `params.json` with them.
         CheckpointError: When the folder does not exist.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give a weights folder")
+    if is_native(folder):
+        return find_native_weights(folder)
     entry = find_weights(folder)
     if entry.name != INDEX_NAME:
         return (entry,)
-    return tuple(sorted({folder / name for name in _weight_map(folder).values()}))
+    return tuple(sorted({folder / name for name in _weight_map(entry).values()}))
 
 
 def read_headers(folder: Path) -> tuple[StoredTensor, ...]:
     """Every tensor of a weights folder, in the order of the files.
 
     Args:
-        folder: A weights folder in Hugging Face layout.
+        folder: A weights folder in Hugging Face or native layout.
 
     Raises:
         LayoutError: As `weight_files`.
-        CheckpointError: When the folder does not exist; when a file is missing, truncated or unreadable; when the index
-            and the files disagree about where a tensor is.
+        CheckpointError: When the folder does not exist; when a file is missing, truncated, damaged or unreadable; when
+            the index and the files disagree about where a tensor is.
     """
     files = weight_files(folder)
-    tensors = tuple(tensor for file in files for tensor in _read_header(file))
-    if files != (folder / "model.safetensors",):
+    index = folder / (NATIVE_INDEX_NAME if is_native(folder) else INDEX_NAME)
+    is_indexed = files not in ((folder / "model.safetensors",), (folder / NATIVE_NAME,)) and index.is_file()
+    if is_indexed and (absent := [file.name for file in files if not file.is_file()]):
+        raise CheckpointError(
+            f"{index}: names {len(absent)} files that are not there ({', '.join(absent[:10])}); download them"
+        )
+    tensors = tuple(
+        StoredTensor(key, file, entry.dtype, entry.shape, entry.begin, entry.end - entry.begin)
+        for file in files
+        for key, entry in read_header(file).items()
+    )
+    if is_indexed:
         found = {tensor.key: tensor.file.name for tensor in tensors}
-        listed = _weight_map(folder)
+        listed = _weight_map(index)
         wrong = sorted(key for key in listed.keys() | found.keys() if listed.get(key) != found.get(key))
         if wrong:
             raise CheckpointError(
-                f"{folder / INDEX_NAME}: disagrees with the files about {len(wrong)} tensors "
+                f"{index}: disagrees with the files about {len(wrong)} tensors "
                 f"({', '.join(wrong[:10])}); the folder mixes two sets of shards, download or export it again"
             )
     return tensors
@@ -104,20 +141,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    weight_map = read_json(folder / INDEX_NAME).get("weight_map")
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise LayoutError(f"{folder / INDEX_NAME}: has no weight_map; restore or download the file again")
+        raise LayoutError(f"{index}: has no weight_map; restore or download the file again")
     return weight_map
-
-
-def _read_header(file: Path) -> list[StoredTensor]:
-    read_dtypes(file)  # refuses what is truncated or not a safetensors file
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    tensors = []
-    for key, entry in header.items():
-        if key != "__metadata__":
-            begin, end = entry["data_offsets"]
-            tensors.append(StoredTensor(key, file, entry["dtype"], tuple(entry["shape"]), end - begin))
-    return tensors

@@ -6,17 +6,19 @@ Judging what was found is left to `problems`, rendering to the command line.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ostro.checkpoint.files import StoredTensor, read_headers, read_json
-from ostro.checkpoint.layout import Layout, recognise
-from ostro.checkpoint.problems import ACTIVATION_SCALE, FP8, SCALE, find_problems, is_scale
-from ostro.checkpoint.report import FolderReport, Fp8Report, RopeReport, TokenizerReport
+from ostro.checkpoint.files import StoredTensor, is_native, read_headers, read_json
+from ostro.checkpoint.native import config_of_params
+from ostro.checkpoint.positions import rope_report
+from ostro.checkpoint.problems import FP8, find_problems, is_scale
+from ostro.checkpoint.report import FolderReport, Fp8Report, MemoryReport, TokenizerReport
 from ostro.errors import LayoutError
+from ostro.models.folder import PARAMS_NAME
+from ostro.models.layout import ACTIVATION_SCALE, SCALE, Layout, recognise
 
 _PARTS = {
     "text": "model.language_model.",
@@ -34,20 +36,19 @@ def inspect_folder(folder: str | Path) -> FolderReport:
     """Reads configuration, safetensors headers and tokenizer files of a weights folder.
 
     Args:
-        folder: Any folder of the family in Hugging Face layout: FP8 or BF16, text or vision-language, or an exported
-            embedder.
+        folder: Any folder of the family: FP8 or BF16, text or vision-language, in Hugging Face or native layout, or an
+            exported embedder.
 
     Returns:
         The report.
 
     Raises:
-        LayoutError: When `config.json` or the weights are absent, there in Mistral's native layout only, or a JSON file
-            is unreadable.
-        CheckpointError: When the folder does not exist or a weights file is missing, truncated or unreadable.
+        LayoutError: When the configuration or the weights are absent, or a JSON file is unreadable.
+        CheckpointError: When the folder does not exist or a weights file is missing, truncated, damaged or unreadable.
     """
     folder = Path(folder)
     tensors = read_headers(folder)
-    config = read_json(folder / "config.json")
+    config = _read_config(folder)
     text = config.get("text_config", config)
     layout, layout_problem = _recognise(tensors)
     model_type = config.get("model_type", "unknown")
@@ -65,15 +66,16 @@ def inspect_folder(folder: str | Path) -> FolderReport:
         num_bytes=dict(bytes_by_dtype),
         num_parameters=_count_parameters(tensors, layout),
         quantization=(config.get("quantization_config") or {}).get("quant_method"),
-        fp8=_fp8(tensors),
+        fp8=_fp8(tensors, layout),
         # transformers' defaults: Mistral3Config ties, Ministral3Config does not
         tied_in_config=config.get("tie_word_embeddings", model_type == "mistral3"),
-        head_stored=any(tensor.key.endswith("lm_head.weight") for tensor in tensors),
+        head_stored=any(name.endswith("lm_head.weight") for name in _by_name(tensors, layout)),
         vocab_size=text.get("vocab_size"),
-        rope=_rope(text),
+        rope=rope_report(text),
         is_causal=text.get("is_causal", text.get("model_type") != "ministral3_bidirec"),
         pooling=text.get("pooling"),
         tokenizer=_tokenizer(folder),
+        memory=_memory(tensors),
         problems=layout_problem,
     )
     return dataclasses.replace(report, problems=(*report.problems, *find_problems(report, tensors, layout, config)))
@@ -86,59 +88,50 @@ def _recognise(tensors: Sequence[StoredTensor]) -> tuple[Layout | None, tuple[st
         return None, (str(error),)
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    if is_native(folder):
+        return config_of_params(read_json(folder / PARAMS_NAME), folder / PARAMS_NAME)
+    return read_json(folder / "config.json")
+
+
+def _by_name(tensors: Sequence[StoredTensor], layout: Layout | None) -> dict[str, StoredTensor]:
+    """Tensors by runtime name, without those that are no part of the model; by stored key where there is no layout."""
+    if layout is None:
+        return {tensor.key: tensor for tensor in tensors}
+    return {layout.to_runtime(tensor.key): tensor for tensor in tensors if not layout.skips(tensor.key)}
+
+
+def _memory(tensors: Sequence[StoredTensor]) -> MemoryReport:
+    weights = [tensor for tensor in tensors if not is_scale(tensor.key)]
+    num_fp8 = sum(tensor.num_elements for tensor in weights if tensor.dtype == FP8)
+    num_parameters = sum(tensor.num_elements for tensor in weights)
+    return MemoryReport(num_parameters=num_parameters, num_fp8_parameters=num_fp8)
+
+
 def _count_parameters(tensors: Sequence[StoredTensor], layout: Layout | None) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for tensor in tensors:
-        if not is_scale(tensor.key):
-            name = layout.to_runtime(tensor.key) if layout else ""
-            counts[next((part for part, prefix in _PARTS.items() if name.startswith(prefix)), "unknown")] += (
-                tensor.num_elements
-            )
+    for name, tensor in _by_name(tensors, layout).items():
+        if not is_scale(name):
+            part = next((part for part, prefix in _PARTS.items() if layout and name.startswith(prefix)), "unknown")
+            counts[part] += tensor.num_elements
     return dict(counts)
 
 
-def _fp8(tensors: Sequence[StoredTensor]) -> Fp8Report:
-    dtypes = {tensor.key: tensor.dtype for tensor in tensors}
-    scale_of = {key: key.removesuffix("weight") + SCALE for key, dtype in dtypes.items() if dtype == FP8}
-    found = [scale for scale in scale_of.values() if scale in dtypes]
+def _fp8(tensors: Sequence[StoredTensor], layout: Layout | None) -> Fp8Report:
+    named = _by_name(tensors, layout)
+    scale_of = {name: f"{name.removesuffix('weight')}{SCALE}" for name, tensor in named.items() if tensor.dtype == FP8}
+    found = [scale for scale in scale_of.values() if scale in named]
     return Fp8Report(
         num_weights=len(scale_of),
         num_scales=len(found),
-        scale_dtypes=tuple(sorted({dtypes[scale] for scale in found})),
-        missing_scales=tuple(key for key, scale in scale_of.items() if scale not in dtypes),
+        scale_dtypes=tuple(sorted({named[scale].dtype for scale in found})),
+        missing_scales=tuple(named[name].key for name, scale in scale_of.items() if scale not in named),
         unknown_scales=tuple(
-            key for key in dtypes if is_scale(key) and key.rpartition(".")[2] not in (SCALE, ACTIVATION_SCALE)
+            tensor.key
+            for name, tensor in named.items()
+            if is_scale(name) and name.rpartition(".")[2] not in (SCALE, ACTIVATION_SCALE)
         ),
     )
-
-
-def _rope(text: Mapping[str, Any]) -> RopeReport:
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    return RopeReport(
-        kind=kind,
-        theta=rope.get("rope_theta", text.get("rope_theta")),
-        factor=rope.get("factor"),
-        original_tokens=rope.get("original_max_position_embeddings"),
-        max_tokens=text.get("max_position_embeddings"),
-        attention_scaling=_yarn_scaling(rope) if kind == "yarn" else 1.0,
-        llama_4_scaling_beta=rope.get("llama_4_scaling_beta"),
-    )
-
-
-def _yarn_scaling(rope: Mapping[str, Any]) -> float:
-    """What YaRN multiplies cosine and sine by.
-
-    Source: Peng et al. 2023 (arXiv:2309.00071), section 3.4; with both mscales, `_compute_yarn_parameters` of
-        transformers.
-    """
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    growth = 0.1 * math.log(max(rope.get("factor") or 1.0, 1.0))
-    if mscale and mscale_all_dim:
-        return float((growth * mscale + 1.0) / (growth * mscale_all_dim + 1.0))
-    return growth + 1.0
 
 
 def _tokenizer(folder: Path) -> TokenizerReport:

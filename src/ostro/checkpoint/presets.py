@@ -107,14 +107,6 @@ _OUTER = {
     "spatial_merge_size": 2,
     "vision_feature_layer": -1,
 }
-QUANTIZATION = {
-    "activation_scheme": "static",
-    "dequantize": False,
-    "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
-    "quant_method": "fp8",
-    "weight_block_size": None,
-}
-"""`quantization_config` of the released FP8 folders."""
 
 
 def model_config(size: str, *, vocab_size: int, tie_word_embeddings: bool) -> dict[str, Any]:

@@ -8,25 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ostro.checkpoint.files import StoredTensor, read_json
-from ostro.checkpoint.layout import TEXT_LINEAR, Layout, shorten
+from ostro.checkpoint.files import StoredTensor
+from ostro.checkpoint.positions import stale_rope
 from ostro.checkpoint.report import FolderReport
+from ostro.errors import shorten
+from ostro.models.layout import SCALE, TEXT_LINEAR, Layout
 
 FP8 = "F8_E4M3"
 """An FP8 weight's type in the words of safetensors."""
-SCALE, ACTIVATION_SCALE = "weight_scale_inv", "activation_scale"
-"""What the family calls the scale of a weight (it multiplies) and of its static activations."""
-
 _TOWER = "model.language_model."
-# Largest difference of the attention scaling between two spellings of the same rope.
-_SCALING_TOLERANCE = 1e-3
 
 
 def is_scale(key: str) -> bool:
-    """Whether a stored key is that of a quantisation scale, known or not, rather than of a parameter.
+    """Whether a name is that of a quantisation scale, known or not, rather than of a parameter.
 
     Args:
-        key: As in the files.
+        key: As in the files, or of the model.
     """
     return "scale" in key.rpartition(".")[2]
 
@@ -45,12 +42,14 @@ def find_problems(
     Returns:
         One sentence each, the graver kind first.
     """
-    by_name = {layout.to_runtime(tensor.key): tensor for tensor in tensors} if layout else {}
+    by_name = {}
+    if layout:
+        by_name = {layout.to_runtime(tensor.key): tensor for tensor in tensors if not layout.skips(tensor.key)}
     return (
         *_precision_problems(report, tensors, by_name),
         *_shape_problems(report, by_name, config.get("text_config", config)),
         *_head_problems(report),
-        *_rope_problems(report),
+        *_rope_problems(report, config.get("text_config", config)),
         *_embedder_problems(report),
     )
 
@@ -58,13 +57,17 @@ def find_problems(
 def _precision_problems(
     report: FolderReport, tensors: Sequence[StoredTensor], by_name: Mapping[str, StoredTensor]
 ) -> Iterator[str]:
-    fp8, dtypes = report.fp8, {tensor.key: tensor.dtype for tensor in tensors}
+    fp8, named = report.fp8, by_name or {tensor.key: tensor for tensor in tensors}
     if fp8.missing_scales:
         yield f"FP8 weights without {SCALE}, their real values are unknown: {shorten(fp8.missing_scales)}"
     if fp8.unknown_scales:
         yield f"scales of an unknown name, which readers pass over; expected {SCALE}: {shorten(fp8.unknown_scales)}"
-    weights = [key.removesuffix(SCALE) + "weight" for key in dtypes if key.endswith(f".{SCALE}")]
-    if unscaled := [key for key in weights if dtypes.get(key) != FP8]:
+    scales = {name: f"{name.removesuffix(SCALE)}weight" for name in named if name.endswith(f".{SCALE}")}
+    if unscaled := [
+        named[weight].key if weight in named else named[scale].key
+        for scale, weight in scales.items()
+        if weight not in named or named[weight].dtype != FP8
+    ]:
         yield f"scales of weights that are not stored as FP8, so perhaps applied already: {shorten(unscaled)}"
     if fp8.num_weights and report.quantization != "fp8":
         yield (
@@ -100,19 +103,11 @@ def _head_problems(report: FolderReport) -> Iterator[str]:
         yield "a head is stored, but tie_word_embeddings of config.json is true; set it to false if the two differ"
 
 
-def _rope_problems(report: FolderReport) -> Iterator[str]:
+def _rope_problems(report: FolderReport, text: Mapping[str, Any]) -> Iterator[str]:
     if report.text_model_type.startswith("ministral3") and report.rope.llama_4_scaling_beta is None:
         yield "config.json has no rope_parameters.llama_4_scaling_beta, which transformers' attention needs; 0 is none"
-    params = report.folder / "params.json"
-    yarn = (read_json(params).get("yarn") or {}) if params.is_file() else {}
-    if report.rope.kind == "yarn" and "apply_scale" in yarn:
-        scaling, apply_scale = report.rope.attention_scaling, bool(yarn["apply_scale"])
-        if (abs(scaling - 1.0) > _SCALING_TOLERANCE) != apply_scale:
-            yield (
-                f"config.json gives an attention scaling of {scaling:.5f}, but yarn.apply_scale of params.json is "
-                f"{str(apply_scale).lower()}, which means {'mscale_all_dim 0' if apply_scale else 'a scaling of 1'}; "
-                "one of the two is stale, see the release's notes"
-            )
+    if contradiction := stale_rope(report.folder, text):
+        yield contradiction
 
 
 def _embedder_problems(report: FolderReport) -> Iterator[str]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ostro.checkpoint.positions import RopeReport
+
 
 @dataclass(frozen=True)
 class Fp8Report:
@@ -27,29 +29,6 @@ class Fp8Report:
 
 
 @dataclass(frozen=True)
-class RopeReport:
-    """Positions, from the text tower's configuration; None where it says nothing.
-
-    Attributes:
-        kind: `yarn`, `default` and so on.
-        theta: Base period.
-        factor: Context extension.
-        original_tokens: Context length before the extension.
-        max_tokens: Context length.
-        attention_scaling: What cosine and sine are multiplied by.
-        llama_4_scaling_beta: Growth of queries with position; 0 is none.
-    """
-
-    kind: str
-    theta: float | None
-    factor: float | None
-    original_tokens: int | None
-    max_tokens: int | None
-    attention_scaling: float
-    llama_4_scaling_beta: float | None
-
-
-@dataclass(frozen=True)
 class TokenizerReport:
     """The tokenizer's files.
 
@@ -60,6 +39,39 @@ class TokenizerReport:
 
     files: tuple[str, ...]
     vocab_size: int | None
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What a model needs over all ranks, in bytes, before activations; a rank needs its share where it is split evenly.
+
+    Attributes:
+        num_parameters: All parameters.
+        num_fp8_parameters: Those stored as FP8.
+    """
+
+    num_parameters: int
+    num_fp8_parameters: int
+
+    @property
+    def bfloat16_bytes(self) -> int:
+        """Every parameter dequantised to bfloat16, frozen: 2 bytes each."""
+        return 2 * self.num_parameters
+
+    @property
+    def fp8_bytes(self) -> int:
+        """A frozen base as stored: 1 byte for each FP8 parameter, 2 for each other."""
+        return 2 * self.num_parameters - self.num_fp8_parameters
+
+    @property
+    def full_bfloat16_bytes(self) -> int:
+        """Training everything in bfloat16: weight, gradient and Adam's two moments, 8 bytes a parameter."""
+        return 8 * self.num_parameters
+
+    @property
+    def full_float32_bytes(self) -> int:
+        """Training everything with float32 weights, gradients and moments: 16 bytes a parameter."""
+        return 16 * self.num_parameters
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ class FolderReport:
         is_causal: Whether the configuration asks for causal attention.
         pooling: Of the configuration of an embedder, else None.
         tokenizer: Tokenizer files.
+        memory: What the model needs.
         problems: What contradicts or would be loaded wrongly, one sentence each.
     """
 
@@ -107,4 +120,5 @@ class FolderReport:
     is_causal: bool
     pooling: str | None
     tokenizer: TokenizerReport
+    memory: MemoryReport
     problems: tuple[str, ...]

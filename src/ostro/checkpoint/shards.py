@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ostro.errors import CheckpointError
-from ostro.models.folder import INDEX_NAME
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,46 @@ def new_folder(folder: Path) -> Iterator[Path]:
         ) from error
 
 
-def write_shards(folder: Path, pieces: Sequence[Piece], *, max_shard_gib: float) -> None:
+@contextmanager
+def replace_folder(folder: Path, is_export: Callable[[Path], bool], *, overwrite: bool) -> Iterator[Path]:
+    """`new_folder`, which takes the place of an earlier export when it is whole.
+
+    Args:
+        folder: The folder to make.
+        is_export: Whether what is in a folder is an earlier export, and not something of the user's.
+        overwrite: Whether such a folder is replaced.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        CheckpointError: When the folder holds anything else, or an export that is not to be replaced, or something
+            cannot be written.
+    """
+    if not is_export(folder):
+        with new_folder(folder) as new:
+            yield new
+        return
+    if not overwrite:
+        raise CheckpointError(f"{folder}: holds an earlier export; pass overwrite=True or choose another folder")
+    replacement, earlier = (folder.with_name(f".{folder.name}.ostro-{suffix}") for suffix in ("new", "earlier"))
+    for leftover in (replacement, earlier):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with new_folder(replacement) as new:
+        yield new
+    folder.rename(earlier)
+    replacement.rename(folder)
+    shutil.rmtree(earlier)
+
+
+def write_shards(folder: Path, pieces: Sequence[Piece], *, max_shard_gib: float, stem: str = "model") -> None:
     """Writes `model.safetensors`, or numbered shards and their index; memory holds one shard at a time.
 
     Args:
         folder: An existing folder.
         pieces: All tensors, in the order of the files.
         max_shard_gib: Size above which a shard is closed, in GiB; a single larger piece has a shard to itself.
+        stem: What the file names begin with; `consolidated` in Mistral's native layout.
     """
     shards: list[list[Piece]] = [[]]
     for piece in pieces:
@@ -83,11 +115,14 @@ def write_shards(folder: Path, pieces: Sequence[Piece], *, max_shard_gib: float)
         shards[-1].append(piece)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        part = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+        name = f"{stem}{part}.safetensors"
         weight_map |= dict.fromkeys(_write_shard(folder / name, shard), name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(piece.num_bytes for piece in pieces)}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / f"{stem}.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 def _write_shard(file: Path, pieces: Sequence[Piece]) -> list[str]:

@@ -29,8 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ostro.checkpoint.layout import shorten
-from ostro.errors import CheckpointError
+from ostro.errors import CheckpointError, shorten
 
 logger = logging.getLogger(__name__)
 

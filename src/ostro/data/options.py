@@ -37,7 +37,7 @@ class DataOptions(Options):
     """Training sources, and how their examples become batches; every batch comes from one source."""
 
     train: tuple[SourceOptions, ...] = pydantic.Field(min_length=1)
-    """Sources of training examples."""
+    """Sources of training examples; a path alone stands for one source."""
     prompts: PromptOptions = PromptOptions()
     """Texts put before queries and documents, in training, evaluation and the exported folder."""
     query_max_tokens: int = pydantic.Field(512, ge=4, le=262_144)

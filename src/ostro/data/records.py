@@ -1,10 +1,10 @@
 """Rows of a data file by number, with the file left on disk.
 
-What the rows mean is left to `corpus` and `retrieval`. The idea: exact shuffling, exact resuming and data larger than
-memory all ask for the same thing, row i at any time. A JSONL file is memory-mapped and indexed by the byte offsets of
-its lines (8 bytes per row, found in one pass that parses nothing); Parquet files and hub data sets are the
-memory-mapped Arrow tables of `datasets`. A row is parsed when it is asked for, and what is wrong with it is reported by
-file and line.
+What the rows mean is left to `corpus`, `retrieval` and `conversation`. The idea: exact shuffling, exact resuming and
+data larger than memory all ask for the same thing, row i at any time. A JSONL file is memory-mapped and indexed by the
+byte offsets of its lines (8 bytes per row, found in one pass that parses nothing); Parquet files and hub data sets are
+the memory-mapped Arrow tables of `datasets`. A row is parsed when it is asked for, and what is wrong with it is
+reported by file and line. Only a JSON file that is one list is read into memory: its rows have no lines of their own.
 """
 
 from __future__ import annotations
@@ -104,8 +104,66 @@ class JsonLines:
         return self._bytes[start : int(self._ends[line])]
 
 
+class JsonList:
+    """The objects of a JSON file that is one list; read whole, so JSONL is the better form for large data."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads a file.
+
+        Args:
+            path: A UTF-8 file with a JSON list.
+
+        Raises:
+            DataError: When the file cannot be read, is not a JSON list or has no rows.
+        """
+        self.path = path
+        try:
+            content = json.loads(path.read_bytes().decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 (byte {error.start + 1}); convert the file to UTF-8") from error
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); expected a list of objects; a "
+                "file with one object per line must be named .jsonl"
+            ) from error
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        if not isinstance(content, list):
+            raise DataError(f"{path}: must be a list of objects, got {type(content).__name__}")
+        if not content:
+            raise DataError(f"{path}: has no rows; expected a list of objects")
+        self._rows: list[Any] = content
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        """The object of row `index`.
+
+        Raises:
+            DataError: When it is not an object.
+            IndexError: When there is no such row.
+        """
+        row = self._rows[index]
+        if not isinstance(row, dict):
+            raise DataError(f"{self.where(index)}: must be a JSON object, got {type(row).__name__}")
+        return row
+
+    def __iter__(self) -> Iterator[Row]:
+        """All rows in order."""
+        return (self[index] for index in range(len(self)))
+
+    def where(self, index: int) -> str:
+        """`file: row` of row `index`, rows from 1."""
+        return f"{self.path}: row {index + 1}"
+
+
 class ArrowRows:
-    """The rows of a `datasets` table, memory-mapped from its cache."""
+    """The rows of a `datasets` table, memory-mapped from its cache.
+
+    Values are as they are stored: an image is its bytes or path, not decoded.
+    """
 
     def __init__(self, name: str, table: datasets.Dataset) -> None:
         """Wraps a table.
@@ -120,7 +178,7 @@ class ArrowRows:
         if not len(table):
             raise DataError(f"{name}: has no rows")
         self.path = name
-        self._table = table
+        self._table = table.with_format("arrow")
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -128,12 +186,13 @@ class ArrowRows:
 
     def __getitem__(self, index: int) -> Row:
         """Row `index`."""
-        row: Row = self._table[index]
-        return row
+        (row,) = self._table[index].to_pylist()
+        stored: Row = row
+        return stored
 
     def __iter__(self) -> Iterator[Row]:
         """All rows in order."""
-        return iter(self._table)
+        return (row for part in self._table for row in part.to_pylist())
 
     def where(self, index: int) -> str:
         """`name: row`, rows from 1."""
@@ -177,6 +236,19 @@ def open_hub(name: str, *, subset: str | None, split: str) -> ArrowRows:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: split {split!r} cannot be loaded by datasets ({_first_line(error)})") from error
     return ArrowRows(name, table)
+
+
+def may_be_hub_name(path: str) -> bool:
+    """Whether a path that is not there may be the name `owner/name` of a data set on the hub.
+
+    It may not when it has the name of a data file or begins with a folder that is here.
+    """
+    return (
+        path.count("/") == 1
+        and not path.startswith((".", "/", "~"))
+        and not Path(path).suffix.startswith((".json", ".parquet"))
+        and not Path(path).parent.is_dir()
+    )
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from ostro.data.beir import BeirSplit, is_beir, open_beir
 from ostro.data.corpus import Document, check_text, open_corpus, read_document, read_id
 from ostro.data.options import DataOptions, SourceOptions
-from ostro.data.records import JsonLines, Records, Row, open_hub, open_parquet
+from ostro.data.records import JsonLines, Records, Row, may_be_hub_name, open_hub, open_parquet
 from ostro.errors import DataError
 
 # Names that data sets of the field use for the same column; a row has at most one of each.
@@ -201,7 +201,7 @@ def open_source(options: SourceOptions, key: str) -> RetrievalSource:
         raise DataError(f"{key}.split: {options.path} is a single file without splits; leave split out")
     if options.subset is not None and (path.is_file() or source_format == "beir"):
         raise DataError(f"{key}.subset: only hub data sets have subsets, {options.path} has none; leave subset out")
-    if not path.exists() and not _may_be_hub_name(options.path):
+    if not path.exists() and not may_be_hub_name(options.path):
         raise DataError(f"{key}.path: no such file or folder: {options.path}; give one, or a hub name owner/name")
     if source_format == "beir":
         return BeirSource(options.path, open_beir(path, split))
@@ -218,16 +218,6 @@ def _detect_format(path: Path) -> str:
     if is_beir(path):
         return "beir"
     return "corpus_ids" if path.suffix == ".json" else "inline"
-
-
-def _may_be_hub_name(path: str) -> bool:
-    """`owner/name`, and neither the name of a data file nor a path that begins with a folder that is here."""
-    return (
-        path.count("/") == 1
-        and not path.startswith((".", "/", "~"))
-        and not Path(path).suffix.startswith((".json", ".parquet"))
-        and not Path(path).parent.is_dir()
-    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

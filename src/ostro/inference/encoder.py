@@ -22,7 +22,7 @@ from ostro.models.packed import PackedTexts, micro_batches
 from ostro.models.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
 
 DEFAULT_MAX_TOKENS = 512
-DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 65536}
+DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 # Tokenised texts held at once: bounds memory for a large input, and is enough to sort by length.
 _CHUNK_TEXTS = 16384
 

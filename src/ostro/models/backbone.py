@@ -29,8 +29,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ostro.errors import CheckpointError, LayoutError
-from ostro.models.folder import check_weights_folder, first_ten, is_local
+from ostro.errors import CheckpointError, LayoutError, shorten
+from ostro.models.folder import check_weights_folder, is_local
 from ostro.models.ministral_bidirectional import Ministral3BidirectionalModel
 from ostro.models.pooling import check_pool_type, pool
 
@@ -296,7 +296,7 @@ def _load_weights(
         "FP8 without scale": [key for key, weight in weights.items() if weight.dtype == torch.float8_e4m3fn],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(keys)} {kind} ({first_ten(keys)})" for kind, keys in problems.items() if keys)
+        found = "; ".join(f"{len(keys)} {kind} ({shorten(keys)})" for kind, keys in problems.items() if keys)
         raise LayoutError(f"{name}: weights do not fit {type(model).__name__}: {found}; do they belong to config.json?")
     return {key: weight for key, weight in weights.items() if key not in info["missing_keys"]}
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from ostro.models.cpu_linear import use_onednn
+from ostro.models.cpu_linear import onednn_is_faster, use_onednn
 from ostro.models.packed import PackedTexts, forward_packed, use_packed_attention
 from ostro.models.pooling import pool, pool_packed
 
@@ -25,7 +25,7 @@ class Embedder(torch.nn.Module):
     """
 
     def __init__(self, backbone: PreTrainedModel, *, pooling: str = "avg", normalize: bool = True) -> None:
-        """Prepares the tower for packed attention and, in float32, for oneDNN on the CPU.
+        """Prepares the tower for packed attention and, in float32, for the faster of the CPU's product libraries.
 
         Args:
             backbone: A bidirectional text tower.
@@ -41,7 +41,7 @@ class Embedder(torch.nn.Module):
                 f"pooling: must be one of {', '.join(SINGLE_VECTOR_POOLING)} for one vector per text, got {pooling!r}"
             )
         use_packed_attention(backbone)
-        if backbone.dtype == torch.float32:
+        if backbone.dtype == torch.float32 and onednn_is_faster():
             use_onednn(backbone)
         self.backbone = backbone
         self.pooling = pooling

@@ -13,14 +13,35 @@ import difflib
 import json
 import logging
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
-from ostro.errors import CheckpointError, LayoutError
+from ostro.errors import CheckpointError, LayoutError, shorten
 
 logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
+NATIVE_NAME, NATIVE_INDEX_NAME = "consolidated.safetensors", "consolidated.safetensors.index.json"
+PARAMS_NAME = "params.json"
+"""What a folder in Mistral's native layout has instead of `config.json`."""
+
+# Bytes of an element by the format's type names, of those that weights have.
+_ITEM_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I8": 1,
+    "U8": 1,
+}
 
 
 def is_local(model_name_or_path: str) -> bool:
@@ -75,7 +96,7 @@ def check_weights_folder(folder: Path) -> None:
         dtypes |= read_dtypes(file)
     bare = [key for key, dtype in dtypes.items() if dtype == "F8_E4M3" and f"{key}_scale_inv" not in dtypes]
     if bare:
-        raise LayoutError(f"{folder}: {len(bare)} FP8 weights without weight_scale_inv ({first_ten(bare)})")
+        raise LayoutError(f"{folder}: {len(bare)} FP8 weights without weight_scale_inv ({shorten(bare)})")
 
 
 def find_weights(folder: Path) -> Path:
@@ -103,39 +124,111 @@ def find_weights(folder: Path) -> Path:
     return single if single.is_file() else index
 
 
-def read_dtypes(file: Path) -> dict[str, str]:
-    """Reads the header of a safetensors file and checks that the file has the length it promises.
+def find_native_weights(folder: Path) -> tuple[Path, ...]:
+    """The weights files of a folder in Mistral's native layout: one, or those of its index, or all that are numbered.
+
+    Args:
+        folder: Any folder.
+
+    Returns:
+        `consolidated*.safetensors` in order; none when the folder has no `params.json` or no such file.
+
+    Raises:
+        CheckpointError: When the index cannot be read.
+    """
+    if not (folder / PARAMS_NAME).is_file():
+        return ()
+    if (folder / NATIVE_NAME).is_file():
+        return (folder / NATIVE_NAME,)
+    if (folder / NATIVE_INDEX_NAME).is_file():
+        return tuple(_indexed_files(folder / NATIVE_INDEX_NAME))
+    return tuple(sorted(folder.glob("consolidated*.safetensors")))
+
+
+@dataclass(frozen=True)
+class HeaderEntry:
+    """One tensor as the header of its file describes it.
+
+    Attributes:
+        dtype: In the words of the format, such as `BF16` or `F8_E4M3`.
+        shape: Its dims; empty for a scalar.
+        begin: Where its bytes begin in the file.
+        end: Where they end.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(file: Path) -> dict[str, HeaderEntry]:
+    """Reads the header of a safetensors file and checks it: a flipped bit or a missing end does not pass for a model.
+
+    Sizes must follow from types and shapes, tensors lie side by side without a gap, and the file have the length that
+    the header promises.
 
     Args:
         file: The file.
 
     Returns:
-        The format's dtype name (such as `BF16`) by key.
+        The entries by key, in the file's order.
 
     Raises:
-        CheckpointError: When it is absent, unreadable, truncated or not a safetensors file.
+        CheckpointError: When it is absent, unreadable, truncated, damaged or not a safetensors file.
     """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
+            if sys.platform == "linux":  # else storage reads some MiB of tensors ahead, in every file on every rank
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             header_size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(header_size)) if header_size <= size - 8 else {}
-        entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
-        expected = 8 + header_size + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        dtypes = {key: str(entry["dtype"]) for key, entry in entries.items()}
+        header.pop("__metadata__", None)
+        start = 8 + header_size
+        entries = {key: _entry(value, start) for key, value in header.items()}
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror}); restore or download it again") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a safetensors file ({error!r}); download it again") from error
+    expected = max((entry.end for entry in entries.values()), default=start)
     if size != expected:
         raise CheckpointError(f"{file}: has {size} bytes, its header promises {expected}; download it again")
-    return dtypes
+    for key, entry in entries.items():
+        num_bytes = prod(entry.shape) * _ITEM_BYTES.get(entry.dtype, -1)
+        if num_bytes >= 0 and num_bytes != entry.end - entry.begin:
+            raise CheckpointError(
+                f"{file}: the header is damaged: {key} is {entry.dtype} {list(entry.shape)}, so {num_bytes} bytes, and "
+                f"is given {entry.end - entry.begin}; download it again"
+            )
+    end = start
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != end:
+            raise CheckpointError(
+                f"{file}: the header is damaged: {key} begins at byte {entry.begin}, the one before it ends at {end}; "
+                "download it again"
+            )
+        end = entry.end
+    return entries
 
 
-def first_ten(keys: Iterable[str]) -> str:
-    """Up to ten of the keys, in order, for a message."""
-    ordered = sorted(keys)
-    return ", ".join(ordered[:10]) + (", ..." if len(ordered) > 10 else "")
+def _entry(value: Mapping[str, Any], start: int) -> HeaderEntry:
+    begin, end = value["data_offsets"]
+    if not isinstance(value["dtype"], str):
+        raise TypeError(value["dtype"])
+    return HeaderEntry(value["dtype"], tuple(map(int, value["shape"])), start + begin, start + end)
+
+
+def read_dtypes(file: Path) -> dict[str, str]:
+    """Types of the tensors in a safetensors file, in the format's words (such as `BF16`), by key.
+
+    Args:
+        file: The file.
+
+    Raises:
+        CheckpointError: As `read_header`.
+    """
+    return {key: entry.dtype for key, entry in read_header(file).items()}
 
 
 def _indexed_files(index: Path) -> list[Path]:

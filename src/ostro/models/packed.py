@@ -5,8 +5,11 @@ norms and activations of a transformer act on one token at a time, so B texts ca
 tokens. Only attention has to know where one text ends. It reaches stock transformers layers through an attention
 function registered under `PACKED_ATTENTION`, which receives the lengths as a keyword:
 
-* CPU: one unmasked attention call per run of equal-length texts. Texts are laid out by length, so runs are long.
+* CPU: one attention call per run of equal-length texts. Texts are laid out by length, so runs are long.
 * CUDA: one call of torch's variable-length attention.
+
+Whether a token also sees what follows it in its text is the model's own affair: attention is causal where the layer's
+`is_causal` says so, unless the call does. Images are packed the same way: their patches are the tokens.
 
 Position ids restart at every text. They alone do not separate texts: a bidirectional model that is given nothing else
 attends across them.
@@ -27,12 +30,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from ostro.models.cpu_attention import LONGEST_RECOMPUTED, attend_low_precision
+
 PACKED_ATTENTION = "ostro_packed"
 
-# Up to this many tokens a bf16 text on CPU takes plain matrix products: torch 2.13's fused CPU kernel is 2 to 10 times
-# slower there (backward of 20 texts of 49 tokens: 11.6 against 0.7 CPU ms). Beyond it the [L, L] scores that the
-# products keep for the backward pass cost more memory than the time is worth.
-_PLAIN_PRODUCT_TOKENS = 256
+PACKED_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="cpu")
+"""The `attention_mask` of a packed call on a causal model: transformers hands a 4-D mask on as it is, so that no
+`[T, T]` mask is made, and the attention function keeps texts apart without one."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +82,31 @@ class PackedTexts:
 
     def position_ids(self) -> torch.Tensor:
         """`[T]` int64 positions, restarting at 0 for every text."""
-        lengths = torch.tensor(self.lengths)
-        starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        return (torch.arange(self.num_tokens) - starts).to(self.input_ids.device, non_blocking=True)
+        return packed_positions(self.lengths).to(self.input_ids.device, non_blocking=True)
 
     def cu_seqlens(self) -> torch.Tensor:
         """`[B + 1]` int32 offsets of the texts, the last one T."""
-        offsets = torch.tensor((0, *itertools.accumulate(self.lengths)), dtype=torch.int32)
-        return offsets.to(self.input_ids.device, non_blocking=True)
+        return packed_offsets(self.lengths).to(self.input_ids.device, non_blocking=True)
+
+
+def packed_positions(lengths: Sequence[int]) -> torch.Tensor:
+    """`[T]` int64 positions on the CPU, restarting at 0 for every text.
+
+    Args:
+        lengths: Tokens of each text.
+    """
+    sizes = torch.tensor(lengths)
+    starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    return torch.arange(len(starts)) - starts
+
+
+def packed_offsets(lengths: Sequence[int]) -> torch.Tensor:
+    """`[B + 1]` int32 offsets of the texts on the CPU, the last one T.
+
+    Args:
+        lengths: Tokens of each text.
+    """
+    return torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
 
 
 def micro_batches(lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
@@ -115,7 +136,8 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     """Sets the packed attention function on `model`; padded calls on it keep working, through transformers' own SDPA.
 
     Args:
-        model: A bidirectional text tower whose attention goes through transformers' attention interface.
+        model: A text tower, a vision tower or both in one, whose attention goes through transformers' attention
+            interface.
     """
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
     AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
@@ -123,7 +145,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 
 def forward_packed(model: PreTrainedModel, packed: PackedTexts) -> torch.Tensor:
-    """Runs a bidirectional text tower on packed texts.
+    """Runs a text tower on packed texts.
 
     Equal to a padded forward with the padded rows removed.
 
@@ -136,6 +158,7 @@ def forward_packed(model: PreTrainedModel, packed: PackedTexts) -> torch.Tensor:
     """
     output = model(
         input_ids=packed.input_ids[None],
+        attention_mask=PACKED_MASK,
         position_ids=packed.position_ids()[None],
         use_cache=False,
         packed_lengths=packed.lengths,
@@ -156,28 +179,57 @@ def packed_attention(
     packed_offsets: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Bidirectional attention within each packed text, in the form transformers calls an attention function.
+    """Attention within each packed text, in the form transformers calls an attention function.
 
     Args:
-        module: The attention layer.
+        module: The attention layer; its `is_causal` decides where the call does not.
         query: `[1, h, T, d]`.
         key: `[1, h_kv, T, d]`.
         value: `[1, h_kv, T, d]`.
-        attention_mask: Mask of a padded call; packed calls have none.
+        attention_mask: Mask of a padded call; that of a packed call is not looked at.
         packed_lengths: Tokens of each text; None for a padded call, which goes to transformers' SDPA.
         packed_offsets: `[B + 1]` int32 offsets of the texts on the device of `query`.
-        **kwargs: `scaling`, `dropout`, `sliding_window` and what else the layer passes.
+        **kwargs: `scaling`, `dropout`, `sliding_window`, `is_causal` and what else the layer passes.
 
     Returns:
         The attention output `[1, T, h, d]`, and None for the weights.
+
+    Raises:
+        ValueError: When a call has the mask of a packed call, but not the lengths.
     """
     if packed_lengths is None or packed_offsets is None:
+        if attention_mask is not None and attention_mask.shape == PACKED_MASK.shape and query.shape[2] > 1:
+            raise ValueError("packed_lengths, packed_offsets: missing, while attention_mask is PACKED_MASK; give both")
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
-    scaling, dropout, window = kwargs["scaling"], kwargs.get("dropout", 0.0), kwargs.get("sliding_window")
-    if query.device.type == "cuda" and query.dtype != torch.float32 and not dropout and window is None:
-        return _attend_varlen(query, key, value, packed_lengths, packed_offsets, scaling), None
-    return _attend_runs(query, key, value, packed_lengths, scaling, dropout, window), None
+    is_causal = kwargs.get("is_causal")
+    span = _Span(bool(module.is_causal if is_causal is None else is_causal), kwargs.get("sliding_window"))
+    scaling, dropout = kwargs["scaling"], kwargs.get("dropout", 0.0)
+    if query.device.type == "cuda" and query.dtype != torch.float32 and not dropout and span.window is None:
+        return _attend_varlen(query, key, value, packed_lengths, packed_offsets, scaling, span.causal), None
+    return _attend_runs(query, key, value, packed_lengths, scaling, dropout, span), None
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Which tokens of its text a token sees.
+
+    Attributes:
+        causal: Only itself and those before it.
+        window: How far it sees, as transformers counts: causal `i - j < window`, else `|i - j| <= window`; None: all.
+    """
+
+    causal: bool
+    window: int | None
+
+    def mask(self, length: int, device: torch.device) -> torch.Tensor | None:
+        """`[L, L]` bool mask; None where the window reaches over the whole text."""
+        reach = None if self.window is None else self.window - 1 if self.causal else self.window
+        if reach is None or reach >= length - 1:
+            return None
+        positions = torch.arange(length, device=device)
+        distances = positions[:, None] - positions[None, :]
+        return (distances >= 0) & (distances <= reach) if self.causal else distances.abs() <= reach
 
 
 def _attend_varlen(
@@ -187,6 +239,7 @@ def _attend_varlen(
     lengths: tuple[int, ...],
     offsets: torch.Tensor,
     scaling: float,
+    causal: bool,
 ) -> torch.Tensor:
     """One call of torch's variable-length attention (CUDA, bf16 or fp16)."""
     from torch.nn.attention.varlen import varlen_attn
@@ -196,7 +249,15 @@ def _attend_varlen(
     key_Thd, value_Thd = key_Thd.repeat_interleave(groups, 1), value_Thd.repeat_interleave(groups, 1)
     longest = max(lengths)
     output: torch.Tensor = varlen_attn(  # type: ignore[assignment]  # a tuple only when auxiliary values are asked for
-        query_Thd, key_Thd, value_Thd, offsets, offsets, longest, longest, scale=scaling
+        query_Thd,
+        key_Thd,
+        value_Thd,
+        offsets,
+        offsets,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0) if causal else (-1, -1),
     )
     return output[None]
 
@@ -208,7 +269,7 @@ def _attend_runs(
     lengths: tuple[int, ...],
     scaling: float,
     dropout: float,
-    window: int | None,
+    span: _Span,
 ) -> torch.Tensor:
     """One attention call per run of neighbouring equal-length texts."""
     runs = [(length, sum(1 for _ in run)) for length, run in itertools.groupby(lengths)]
@@ -219,9 +280,9 @@ def _attend_runs(
     outputs = []
     for (length, count), run in zip(runs, pieces, strict=True):
         query_nhLd, key_nhLd, value_nhLd = (states.unflatten(1, (count, length)).transpose(0, 1) for states in run)
-        mask = _window_mask(length, window, query.device)
-        if low_precision_cpu and length <= _PLAIN_PRODUCT_TOKENS and mask is None and not dropout:
-            output_nhLd = _attend_plain(query_nhLd, key_nhLd, value_nhLd, scaling)
+        mask = span.mask(length, query.device)
+        if low_precision_cpu and length <= LONGEST_RECOMPUTED and mask is None and not dropout:
+            output_nhLd = attend_low_precision(query_nhLd, key_nhLd, value_nhLd, scaling, span.causal)
         else:
             output_nhLd = F.scaled_dot_product_attention(
                 query_nhLd,
@@ -229,29 +290,9 @@ def _attend_runs(
                 value_nhLd,
                 mask,
                 dropout,
+                is_causal=span.causal and mask is None,
                 scale=scaling,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         outputs.append(output_nhLd.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None]
-
-
-def _attend_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Attention of `[n, h, L, d]` as two matrix products.
-
-    Heads that share a key head are laid along L, so keys are not repeated.
-    """
-    heads, length = query.shape[1:3]
-    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
-    scores = grouped @ key.transpose(-1, -2) * scaling
-    # float32: as in transformers' eager attention, a bf16 softmax would lose the tail
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value).reshape(query.shape[0], heads, length, -1)
-
-
-def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Symmetric, inclusive window `|i - j| <= window` as a `[L, L]` bool mask; None when all tokens see each other."""
-    if window is None or window >= length - 1:
-        return None
-    positions = torch.arange(length, device=device)
-    return (positions[:, None] - positions[None, :]).abs() <= window

@@ -1,7 +1,7 @@
-"""What is applied to a plain model from outside before training: so far, activation checkpointing.
+"""What is applied to a plain model from outside before training: activation checkpointing, and parameters split over
+ranks.
 
-Which ranks hold what is left to later stages of the same fixed order. Each stage logs one line with the number of
-modules it touched, and raises when it matched none.
+Each stage logs one line with the number of modules it touched, and raises when it matched none.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import functools
 import logging
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -29,10 +31,41 @@ def checkpoint_activations(model: torch.nn.Module) -> None:
 
     Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__}: has no layer of transformers to checkpoint")
+    layers = _layers(model)
     for layer in layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
     logger.info("activation checkpointing: %d layers", len(layers))
+
+
+def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
+    """Splits every parameter over the ranks by its first dim: each transformer layer is a group, the rest one more.
+
+    A group's parameters are gathered while it computes and freed after. A rank whose share of a small parameter has no
+    row holds an empty one.
+
+    Args:
+        model: With layers of transformers; on any device, also the meta device.
+        mesh: 1-D.
+
+    Raises:
+        ValueError: When the mesh has more axes, or there is no such layer.
+
+    Distributed: no collectives here; `model` must be the same on every rank.
+
+    Source: `torch.distributed.fsdp.fully_shard`.
+    """
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh: must have one axis, got {mesh.ndim} ({mesh.mesh_dim_names})")
+    layers = _layers(model)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    logger.info("parameters split over %d ranks: %d layers and the rest", mesh.size(), len(layers))
+
+
+def _layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__}: has no layer of transformers")
+    return layers

@@ -111,20 +111,6 @@ class RetrievalReport:
         return rows
 
 
-def metric_table(systems: Mapping[str, Mapping[str, float]]) -> str:
-    """A line of metric names, then a line of values for each system, in columns.
-
-    Args:
-        systems: Values by name, the same names for every system, by system.
-    """
-    width = max(map(len, systems))
-    names = next(iter(systems.values()))
-    lines = [" ".join([" " * width, *(f"{name:>10}" for name in names)])]
-    for system, values in systems.items():
-        lines.append(" ".join([f"{system:<{width}}", *(f"{values[name]:>{max(10, len(name))}.4f}" for name in names)]))
-    return "\n".join(lines)
-
-
 def _to_json(data: object, indent: int | None = None) -> str:
     return json.dumps(data, ensure_ascii=False, indent=indent)
 

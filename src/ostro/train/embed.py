@@ -1,28 +1,24 @@
 """Train an embedder for search: from a recipe to checkpoints, metrics, an exported folder and a report.
 
 It leaves batches to `data`, the loss to `losses`, scores to `retrieval`, files to `checkpoint`, and what it shares with
-the other loop to `step`, `runtime` and `metrics`. Read `run` first: it is the whole run.
+the other kind of run to `loop`, `trainer`, `step` and `runtime`. Read `run` first: it is the whole run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import signal
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from ostro.checkpoint.train_state import latest_train_state, load_train_state, save_train_state
 from ostro.config import dump_recipe
 from ostro.data.loader import RetrievalLoader
 from ostro.data.retrieval import open_sources
 from ostro.data.retrieval_collate import RetrievalBatch
-from ostro.errors import OstroError, RecipeError
-from ostro.inference.encoder import Encoder
+from ostro.errors import RecipeError
 from ostro.losses.cached import cached_backward
 from ostro.losses.contrastive import ContrastiveOutput, ContrastiveTargets, LearnedTemperature, contrastive_loss
 from ostro.models.backbone import build_encoder_backbone
@@ -30,32 +26,11 @@ from ostro.models.embedder import Embedder
 from ostro.models.packed import PackedTexts, micro_batches
 from ostro.models.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
 from ostro.parallel.apply import checkpoint_activations
-from ostro.train import embed_result, metrics, runtime
-from ostro.train.precision import MasterWeights
-from ostro.train.prepare import prepare_inputs
+from ostro.train import embed_result, runtime
+from ostro.train.loop import run_steps
 from ostro.train.recipe import EmbedRecipe
-from ostro.train.step import Optimizer, check_finite, learning_rate
-
-
-@dataclass
-class EmbedState:
-    """All that changes during a run; every field is saved, and nothing else is.
-
-    Attributes:
-        step: Optimizer steps done.
-        num_tokens: Tokens seen, queries and documents.
-        weights: Float32 master weights and the learned temperature, by name.
-        optimizer: Moments and step counts by weight name.
-        loader: Position in the data, counted in global samples.
-        random: Random state by device.
-    """
-
-    step: int
-    num_tokens: int
-    weights: dict[str, torch.Tensor]
-    optimizer: dict[str, dict[str, torch.Tensor]]
-    loader: dict[str, Any]
-    random: dict[str, torch.Tensor]
+from ostro.train.step import check_finite
+from ostro.train.trainer import Trainer
 
 
 def run(recipe: EmbedRecipe, *, console: Console) -> embed_result.EmbedResult:
@@ -79,48 +54,22 @@ def run(recipe: EmbedRecipe, *, console: Console) -> embed_result.EmbedResult:
     embed_result.check_extras(recipe)
     runtime.set_seeds(recipe.seed)
     runtime.open_run_folder(folder, dump_recipe(recipe))
-    prepare_inputs(recipe, console)
     embedder, tokenizer = build_embedder(recipe)
     with open_loader(recipe, tokenizer) as loader, runtime.stop_on_signal() as stop:
         trainer = EmbedTrainer(recipe, embedder, loader)
         encoder = embed_result.run_encoder(recipe, embedder, tokenizer)
         trainer.resume(folder, console)
-        train(trainer, encoder, folder, stop, console)
+        run_steps(
+            trainer,
+            recipe.train,
+            recipe.track,
+            folder,
+            console,
+            stop=stop,
+            before=partial(embed_result.evaluate_untrained, recipe, encoder),
+            evaluate=partial(embed_result.evaluate_during, recipe.evaluate, encoder) if recipe.evaluate else None,
+        )
     return embed_result.finish(recipe, encoder, trainer.step, console)
-
-
-def train(trainer: EmbedTrainer, encoder: Encoder, folder: Path, stop: runtime.StopRequest, console: Console) -> None:
-    """The loop: fetch, step, log, evaluate, save."""
-    recipe, num_steps = trainer.recipe, trainer.num_steps
-    with (
-        metrics.open_log(folder, recipe.track, resumed_step=trainer.step) as log,
-        metrics.live_line(console, num_steps=num_steps, first_step=trainer.step) as line,
-    ):
-        if trainer.step == 0:
-            embed_result.evaluate_untrained(recipe, encoder, log, line)
-        speed = metrics.Throughput()
-        while trainer.step < num_steps:
-            try:
-                row = trainer.train_step()
-                speed.add(int(row["num_tokens"]))
-                line.advance()
-                step, last = trainer.step, trainer.step == num_steps
-                if step % recipe.train.log_every == 0 or last:
-                    row = {**row, "tokens_per_s": speed.read()}
-                    log.row(step, row)
-                    line.show(step, row)
-                if recipe.evaluate and (last or _due(step, recipe.train.evaluate_every)):
-                    embed_result.evaluate_during(recipe.evaluate, encoder, step, log, line)
-            except (OstroError, OSError, torch.OutOfMemoryError) as error:
-                raise runtime.stopped_by(error, trainer.save(folder), trainer.step, num_steps) from error
-            if last or _due(step, recipe.train.save_every) or stop.signal_number:
-                path = trainer.save(folder)
-            if stop.signal_number:
-                raise runtime.stopped_by(signal.Signals(stop.signal_number), path, step, num_steps)
-
-
-def _due(step: int, period: int | None) -> bool:
-    return period is not None and step % period == 0
 
 
 def build_embedder(recipe: EmbedRecipe) -> tuple[Embedder, TextTokenizer]:
@@ -159,11 +108,11 @@ def open_loader(recipe: EmbedRecipe, tokenizer: TextTokenizer) -> RetrievalLoade
     return RetrievalLoader(open_sources(recipe.data), tokenizer, recipe.data, seed=recipe.seed)
 
 
-class EmbedTrainer:
-    """One optimizer step at a time, and the state that a checkpoint of it holds."""
+class EmbedTrainer(Trainer):
+    """One optimizer step at a time, from contrastive batches."""
 
     def __init__(self, recipe: EmbedRecipe, embedder: Embedder, loader: RetrievalLoader) -> None:
-        """Sets up master weights, temperature and optimizer.
+        """Sets up temperature, master weights and optimizer.
 
         Args:
             recipe: The run.
@@ -171,20 +120,20 @@ class EmbedTrainer:
             loader: Training batches.
         """
         self.recipe = recipe
-        self.step = 0
-        self.num_tokens = 0
         self._embedder = embedder
-        self._loader = loader
-        self._masters = MasterWeights(embedder)
-        weights = self._masters.named_parameters()
+        self._batches = loader
         self._temperature: LearnedTemperature | None = None
         if recipe.loss.learned_temperature:
             self._temperature = LearnedTemperature(recipe.loss.temperature).to(embedder.device)
-            weights["log_temperature"] = self._temperature.log_temperature
-        self._weights = weights
-        self._optimizer = Optimizer(weights, recipe.optimizer)
-        self._mark_position()
-        self.num_steps = recipe.train.num_steps or _steps_of_epochs(recipe, loader)
+        super().__init__(
+            embedder,
+            loader,
+            recipe.optimizer,
+            recipe.schedule,
+            num_steps=recipe.train.num_steps or _steps_of_epochs(recipe, loader),
+            keep_last=recipe.train.keep_last,
+            loss_weights={"log_temperature": self._temperature.log_temperature} if self._temperature else None,
+        )
 
     def train_step(self) -> dict[str, float]:
         """Runs `accumulation_steps` contrastive batches and one optimizer step.
@@ -200,29 +149,15 @@ class EmbedTrainer:
         loss = accuracy = 0.0
         num_tokens = 0
         for _ in range(train.accumulation_steps):
-            batch = next(self._loader)
+            batch = next(self._batches)
             output = self._backward(batch)
             loss += output.loss.item()
             accuracy += output.accuracy.item() / train.accumulation_steps
             num_tokens += sum(map(len, batch.token_ids))
         check_finite("loss", loss)
-        peak = self.recipe.optimizer.learning_rate
-        rate = learning_rate(self.step, num_steps=self.num_steps, peak=peak, options=self.recipe.schedule)
-        grad_norm = self._optimizer.step(rate)
-        self._masters.publish()
-        self.step += 1
-        self.num_tokens += num_tokens
-        self._mark_position()
+        row = self.update(num_tokens)
         temperature = self._temperature().item() if self._temperature else self.recipe.loss.temperature
-        return {
-            "loss": loss,
-            "accuracy": accuracy,
-            "grad_norm": grad_norm,
-            "learning_rate": rate,
-            "temperature": temperature,
-            "num_tokens": num_tokens,
-            "epoch": batch.epoch,
-        }
+        return {"loss": loss, "accuracy": accuracy, **row, "temperature": temperature, "epoch": batch.epoch}
 
     def _backward(self, batch: RetrievalBatch) -> ContrastiveOutput:
         """Adds the gradient of one contrastive batch, `1 / accumulation_steps` of it, to the master weights."""
@@ -240,40 +175,6 @@ class EmbedTrainer:
             return dataclasses.replace(output, loss=output.loss / recipe.train.accumulation_steps)
 
         return cached_backward(self._embedder, packed, groups, loss_of)
-
-    def _mark_position(self) -> None:
-        """Notes where data and random draws stand between two steps: a step that fails has moved both."""
-        self._position, self._random = self._loader.state_dict(), runtime.random_state()
-
-    def state(self) -> EmbedState:
-        """The run as it stands after `step` whole steps; weights and moments are the live ones."""
-        return EmbedState(
-            step=self.step,
-            num_tokens=self.num_tokens,
-            weights={name: weight.detach() for name, weight in self._weights.items()},
-            optimizer=self._optimizer.state_dict(),
-            loader=self._position,
-            random=self._random,
-        )
-
-    def save(self, folder: Path) -> Path:
-        """Writes a checkpoint; the earlier ones stay loadable if it fails."""
-        checkpoints = folder / "checkpoints"
-        return save_train_state(checkpoints, self.step, vars(self.state()), keep_last=self.recipe.train.keep_last)
-
-    def resume(self, folder: Path, console: Console) -> None:
-        """Continues from the latest checkpoint, if there is one."""
-        path = latest_train_state(folder / "checkpoints")
-        if path is None:
-            return
-        # random: a run may move between CPU and CUDA, whose states differ in number
-        state = load_train_state(path, {**vars(self.state()), "random": {}})
-        self.step, self.num_tokens = state["step"], state["num_tokens"]
-        self._masters.publish()
-        self._loader.load_state_dict(state["loader"])
-        runtime.restore_random_state(state["random"])
-        self._mark_position()
-        console.out(f"{path}: continuing after step {self.step} of {self.num_steps}", highlight=False)
 
 
 def _steps_of_epochs(recipe: EmbedRecipe, loader: RetrievalLoader) -> int:

@@ -26,10 +26,11 @@ from ostro.models.tokenizer import TextTokenizer
 from ostro.retrieval.bm25 import bm25
 from ostro.retrieval.evaluate import evaluate
 from ostro.retrieval.options import EvaluateOptions
-from ostro.retrieval.report import RetrievalReport, metric_table
+from ostro.retrieval.report import RetrievalReport
 from ostro.train.metrics import LiveLine, RunLog
 from ostro.train.recipe import EmbedRecipe
 from ostro.train.report import write_report
+from ostro.train.table import metric_table
 
 # Texts on which the exported folder must give the vectors of the model in memory.
 _NUM_VERIFIED_TEXTS = 64
@@ -123,6 +124,7 @@ def finish(recipe: EmbedRecipe, encoder: Encoder, step: int, console: Console) -
     weights = export(recipe, encoder, folder / "weights", step=step, metrics=metrics)
     result = EmbedResult(folder, weights, metrics, baselines)
     page = {
+        "kind": "embed",
         "metrics": dict(metrics),
         "baselines": {name: dict(values) for name, values in baselines.items()},
         "samples": samples,

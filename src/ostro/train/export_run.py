@@ -1,34 +1,37 @@
 """Export a checkpoint of a run: the folder that the run itself would have written at that step.
 
-Training, evaluation and the form of the folder are left to `embed`, `embed_result` and `checkpoint.export`.
+Training, evaluation and the form of the folder are left to the loops, their results and `checkpoint`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from ostro.checkpoint.train_state import latest_train_state, load_train_state
+from ostro.checkpoint.train_state import latest_train_state
 from ostro.config import load_recipe
-from ostro.errors import CheckpointError
-from ostro.train.embed import build_embedder
-from ostro.train.embed_result import export, run_encoder
-from ostro.train.precision import MasterWeights
-from ostro.train.recipe import KINDS
+from ostro.errors import CheckpointError, RecipeError
+from ostro.train.recipe import KINDS, EmbedRecipe, VlmRecipe
+from ostro.train.trainer import load_weights
 
 
-def export_checkpoint(path: str | Path, output: str | Path) -> int:
+def export_checkpoint(
+    path: str | Path, output: str | Path, *, precision: Literal["source", "bf16", "fp8"] | None = None
+) -> int:
     """Writes the weights of a checkpoint as a folder that other libraries open, and verifies it.
 
     Args:
         path: A checkpoint such as `runs/first/checkpoints/step-00000400`, or a run folder for its latest one.
         output: The folder to write; an earlier export there is replaced.
+        precision: Of a vision-language model; what its recipe says when None.
 
     Returns:
         Optimizer steps of the exported checkpoint.
 
     Raises:
+        RecipeError: When a precision is given for an embedder.
         CheckpointError: When there is no whole checkpoint, or the folder cannot be written or verified.
     """
     path = Path(path)
@@ -41,14 +44,34 @@ def export_checkpoint(path: str | Path, output: str | Path) -> int:
     if checkpoint is None:
         raise CheckpointError(f"{run}: has no whole checkpoint yet; let the run save one")
     recipe = load_recipe(run / "recipe.yaml", [], KINDS)
-    embedder, tokenizer = build_embedder(recipe)
-    masters = MasterWeights(embedder)
-    weights: dict[str, torch.Tensor] = dict(masters.named_parameters())
-    if recipe.loss.learned_temperature:
-        weights["log_temperature"] = torch.zeros(())
-    form = {"step": 0, "num_tokens": 0, "weights": weights, "optimizer": {}, "loader": {}, "random": {}}
-    state = load_train_state(checkpoint, form)
-    masters.publish()
-    step = int(state["step"])
-    export(recipe, run_encoder(recipe, embedder.eval(), tokenizer), Path(output), step=step, metrics={})
+    if isinstance(recipe, EmbedRecipe):
+        if precision is not None:
+            raise RecipeError(
+                f"--precision: {precision} is for vision-language models, and {run} trained an embedder; "
+                "leave it out, or set export.dtype in the recipe"
+            )
+        return _export_embedder(recipe, checkpoint, Path(output))
+    if precision is not None:
+        recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"precision": precision})})
+    return _export_vlm(recipe, checkpoint, Path(output))
+
+
+def _export_embedder(recipe: EmbedRecipe, checkpoint: Path, output: Path) -> int:
+    from ostro.train import embed, embed_result
+
+    embedder, tokenizer = embed.build_embedder(recipe)
+    loss_weights = {"log_temperature": torch.zeros(())} if recipe.loss.learned_temperature else {}
+    step = load_weights(checkpoint, embedder, loss_weights)
+    encoder = embed_result.run_encoder(recipe, embedder.eval(), tokenizer)
+    embed_result.export(recipe, encoder, output, step=step, metrics={})
+    return step
+
+
+def _export_vlm(recipe: VlmRecipe, checkpoint: Path, output: Path) -> int:
+    from ostro.inference.chat import Chat
+    from ostro.train import vlm, vlm_result
+
+    model, encoder = vlm.build_model(recipe)
+    step = load_weights(checkpoint, model)
+    vlm_result.export(recipe, Chat(model.eval(), encoder), output, step=step)
     return step

@@ -180,23 +180,35 @@ def open_log(folder: Path, options: TrackOptions, *, resumed_step: int) -> Itera
 
 
 class Throughput:
-    """Tokens per second of wall time since the last reading."""
+    """Tokens per second of wall time since the last reading, and the share of the device's best that they took."""
 
-    def __init__(self) -> None:
-        """Starts the clock."""
+    def __init__(self, peak_flops: float | None) -> None:
+        """Starts the clock.
+
+        Args:
+            peak_flops: Floating-point operations per second of the device; None where operations are not counted.
+        """
+        self._peak_flops = peak_flops
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was counted, so that time spent on something else does not count."""
         self._started = time.perf_counter()
-        self._num_tokens = 0
+        self._num_tokens, self._flops = 0, 0.0
 
-    def add(self, num_tokens: int) -> None:
-        """Counts the tokens of a step."""
+    def add(self, flops: float, num_tokens: int) -> None:
+        """Counts the operations and tokens of a step."""
+        self._flops += flops
         self._num_tokens += num_tokens
 
-    def read(self) -> float:
-        """Tokens per second since the last call, and starts anew."""
-        now = time.perf_counter()
-        rate = self._num_tokens / max(now - self._started, 1e-9)
-        self._started, self._num_tokens = now, 0
-        return rate
+    def read(self) -> dict[str, float]:
+        """`tokens_per_s` since the last call, and `mfu` where operations are counted; starts anew."""
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        row = {"tokens_per_s": self._num_tokens / seconds}
+        if self._peak_flops is not None:
+            row["mfu"] = self._flops / seconds / self._peak_flops
+        self.restart()
+        return row
 
 
 class LiveLine:

@@ -11,19 +11,37 @@ from ostro.retrieval.options import EvaluateOptions
 
 
 class ModelOptions(Options):
-    """Which weights are trained, and as what."""
+    """Which weights are trained, and in which precision."""
 
     weights: PathField
     """Weights folder or hub id of any Mistral-3 checkpoint."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Weights and activations in forward and backward; the optimizer always works in float32."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+
+class EmbedModelOptions(ModelOptions):
+    """The text tower of a checkpoint as an encoder."""
+
     extract_submodel: str | None = None
     """Dotted path of the part to take, such as `language_model`; found by itself for a Mistral-3 vision-language
     folder."""
     pooling: Literal["avg", "weighted_avg", "cls", "last"] = "avg"
     """How token states become one vector."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Weights and activations in forward and backward; the optimizer always works in float32."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+
+Part = Literal["vision", "projector", "embeddings", "language_model", "head"]
+"""Named parts of a vision-language model; with tied weights the head belongs to the embeddings."""
+
+
+class VlmModelOptions(ModelOptions):
+    """A vision-language model, and which parts of it are trained."""
+
+    weights: PathField
+    """Weights folder of any Mistral-3 vision-language checkpoint, FP8 or BF16."""
+    freeze: tuple[Part, ...] = ()
+    """Parts that keep their weights."""
 
 
 class OptimizerOptions(Options):
@@ -39,6 +57,13 @@ class OptimizerOptions(Options):
     """Added to the root of the second moment."""
     max_grad_norm: float | None = pydantic.Field(1.0, gt=0)
     """Global gradient norm above which gradients are scaled down; null for no limit."""
+
+
+class VlmOptimizerOptions(OptimizerOptions):
+    """AdamW, with a peak learning rate per part where one is wanted."""
+
+    part_learning_rates: dict[Part, pydantic.PositiveFloat] = {}
+    """Peak learning rate by part; parts not named take `learning_rate`."""
 
 
 class ScheduleOptions(Options):
@@ -59,8 +84,6 @@ class TrainOptions(Options):
     """Optimizer steps of the run; give this or `num_epochs`."""
     num_epochs: float | None = pydantic.Field(None, gt=0)
     """Passes over the training queries; give this or `num_steps`."""
-    accumulation_steps: int = pydantic.Field(1, ge=1)
-    """Contrastive batches per optimizer step; negatives are shared within a batch, not across."""
     log_every: int = pydantic.Field(10, ge=1)
     """Steps between log lines and metric rows."""
     evaluate_every: int | None = pydantic.Field(None, ge=1)
@@ -75,6 +98,13 @@ class TrainOptions(Options):
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError("give exactly one of num_steps and num_epochs")
         return self
+
+
+class EmbedTrainOptions(TrainOptions):
+    """Length of an embedding run and what happens on the way."""
+
+    accumulation_steps: int = pydantic.Field(1, ge=1)
+    """Contrastive batches per optimizer step; negatives are shared within a batch, not across."""
 
 
 class WeightsPresetOptions(Options):
@@ -95,8 +125,33 @@ class PrepareOptions(Options):
 
     weights: WeightsPresetOptions | None = None
     """Random weights for `model.weights`."""
+
+
+class EmbedPrepareOptions(PrepareOptions):
+    """Inputs of the embedding demo."""
+
     dataset: Literal["attack"] | None = None
     """Data set written to the folder of the first training source."""
+
+
+class VlmPrepareOptions(PrepareOptions):
+    """Inputs of the vision-language demo."""
+
+    dataset: Literal["fashion"] | None = None
+    """Data set written to the folder that holds the file of the first training source."""
+
+
+class AnswerOptions(Options):
+    """Held-out conversations whose last answers the model gives itself: loss, and exact match per kind of question."""
+
+    path: PathField
+    """Conversations, in the forms of the training data."""
+    max_samples: int | None = pydantic.Field(None, ge=1)
+    """Use a fixed random draw of this many conversations; null takes all."""
+    max_new_tokens: int = pydantic.Field(32, ge=1)
+    """Tokens of an answer, at most."""
+    batch_samples: int = pydantic.Field(64, ge=1)
+    """Conversations answered at once; bounds memory, changes no answer beyond rounding."""
 
 
 class FinalEvaluateOptions(EvaluateOptions):
@@ -104,6 +159,13 @@ class FinalEvaluateOptions(EvaluateOptions):
 
     bm25: bool = True
     """Score BM25 on the same queries, as a yardstick (extra `search`)."""
+
+
+class VlmExportOptions(Options):
+    """The folder written at the end of a run."""
+
+    precision: Literal["source", "bf16", "fp8"] = "source"
+    """Stored precision of the weights that were FP8 in the source; `source` is fp8 for an FP8 folder, else bf16."""
 
 
 class ExportOptions(Options):

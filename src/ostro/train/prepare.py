@@ -1,5 +1,4 @@
-"""Inputs that a demo recipe makes for itself before the first step: random weights and real data from an installed
-package.
+"""Inputs that a demo recipe makes for itself before the run: random weights, and real data that comes with a package.
 
 What is already there is left alone; what is made comes out the same on every machine.
 """
@@ -10,15 +9,24 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ostro.checkpoint.create import create_weights
+from ostro.demo.attack import prepare_attack
+from ostro.demo.fashion import prepare_fashion
 from ostro.errors import RecipeError
-from ostro.train.recipe import EmbedRecipe
+from ostro.train.recipe import EmbedRecipe, VlmRecipe
+
+_DATASETS = {
+    "attack": ("the ATT&CK procedures (c) MITRE, see its NOTICE", prepare_attack),
+    "fashion": ("scenes of Fashion-MNIST photos (c) Zalando SE, MIT licence", prepare_fashion),
+}
 
 
-def prepare_inputs(recipe: EmbedRecipe, console: Console) -> None:
+def prepare_inputs(recipe: EmbedRecipe | VlmRecipe, console: Console) -> None:
     """Makes the recipe's `prepare` inputs where their folders do not exist.
 
     Args:
-        recipe: `prepare.weights` goes to `model.weights`, `prepare.dataset` to the folder of the only training source.
+        recipe: `prepare.weights` goes to `model.weights`; `prepare.dataset` to the folder of the only training source,
+            or the folder that holds its file.
         console: Says what is made.
 
     Raises:
@@ -26,21 +34,16 @@ def prepare_inputs(recipe: EmbedRecipe, console: Console) -> None:
         OstroError: When a package is missing or a folder cannot be written.
     """
     weights, dataset = recipe.prepare.weights, recipe.prepare.dataset
-    weights_folder = Path(recipe.model.weights)
+    weights_folder, data = Path(recipe.model.weights), Path(recipe.data.train[0].path)
     if weights is not None and not weights_folder.exists():
-        from ostro.checkpoint.create import create_weights
-
-        console.out(
-            f"{weights_folder}: making random {weights.precision} weights, {weights.size}, {weights.layout}",
-            highlight=False,
-        )
+        made = f"random {weights.precision} weights, {weights.size}, {weights.layout}"
+        console.out(f"{weights_folder}: making {made}", highlight=False)
         try:
             create_weights(weights_folder, **weights.model_dump(), seed=recipe.seed)
         except RecipeError as error:
             raise RecipeError(f"prepare.weights.{error}") from error
-    data_folder = Path(recipe.data.train[0].path)
+    data_folder = data.parent if data.suffix else data
     if dataset is not None and not data_folder.exists():
-        from ostro.demo.attack import prepare_attack
-
-        console.out(f"{data_folder}: writing the ATT&CK procedures (c) MITRE, see its NOTICE", highlight=False)
-        prepare_attack(data_folder)
+        what, make = _DATASETS[dataset]
+        console.out(f"{data_folder}: writing {what}", highlight=False)
+        make(data_folder)

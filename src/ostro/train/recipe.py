@@ -5,27 +5,45 @@ It holds no settings of its own beyond seed and output, only the checks that nee
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import pydantic
 
 from ostro.config import Options, PathField
+from ostro.data.conversation_options import ConversationDataOptions
 from ostro.data.options import DataOptions
 from ostro.losses.options import ContrastiveOptions
 from ostro.retrieval.options import EvaluateOptions
 from ostro.train.options import (
+    AnswerOptions,
+    EmbedModelOptions,
+    EmbedPrepareOptions,
+    EmbedTrainOptions,
     ExportOptions,
     FinalEvaluateOptions,
-    ModelOptions,
     OptimizerOptions,
-    PrepareOptions,
     ScheduleOptions,
     TrackOptions,
     TrainOptions,
+    VlmExportOptions,
+    VlmModelOptions,
+    VlmOptimizerOptions,
+    VlmPrepareOptions,
 )
 
 
-class EmbedRecipe(Options):
+class Recipe(Options):
+    """What recipes of every kind have in common."""
+
+    @classmethod
+    def expand(cls, data: dict[str, Any]) -> None:
+        """A path as `data.train` stands for a single source with every default."""
+        block = data.get("data")
+        if isinstance(block, dict) and isinstance(block.get("train"), str):
+            block["train"] = [{"path": block["train"]}]
+
+
+class EmbedRecipe(Recipe):
     """Train an embedder for search: `ostro train`."""
 
     kind: Literal["embed"]
@@ -34,9 +52,9 @@ class EmbedRecipe(Options):
     """Decides data order, sampled positives and negatives, dropout and new weights."""
     output: PathField
     """Run folder: checkpoints, metrics, report and the exported weights."""
-    prepare: PrepareOptions = PrepareOptions()
+    prepare: EmbedPrepareOptions = EmbedPrepareOptions()
     """Inputs made by the run itself where missing (demos)."""
-    model: ModelOptions
+    model: EmbedModelOptions
     """Weights to start from."""
     data: DataOptions
     """Training sources and batches."""
@@ -46,7 +64,7 @@ class EmbedRecipe(Options):
     """AdamW."""
     schedule: ScheduleOptions = ScheduleOptions()
     """Learning rate over the run."""
-    train: TrainOptions
+    train: EmbedTrainOptions
     """Length of the run and its periods."""
     evaluate: EvaluateOptions | None = None
     """Held-out set searched during the run."""
@@ -71,4 +89,46 @@ class EmbedRecipe(Options):
         return self
 
 
-KINDS: dict[str, type[EmbedRecipe]] = {"embed": EmbedRecipe}
+class VlmRecipe(Recipe):
+    """Fine-tune a vision-language model on conversations with images: `ostro train`."""
+
+    kind: Literal["vlm"]
+    """What is trained."""
+    seed: int = pydantic.Field(17, ge=0, lt=2**31)
+    """Decides data order and new weights."""
+    output: PathField
+    """Run folder: checkpoints, metrics, report and the exported weights."""
+    prepare: VlmPrepareOptions = VlmPrepareOptions()
+    """Inputs made by the run itself where missing (demos)."""
+    model: VlmModelOptions
+    """Weights to start from, and what of them is trained."""
+    data: ConversationDataOptions
+    """Training sources and batches."""
+    optimizer: VlmOptimizerOptions = VlmOptimizerOptions()
+    """AdamW."""
+    schedule: ScheduleOptions = ScheduleOptions()
+    """Learning rate over the run."""
+    train: TrainOptions
+    """Length of the run and its periods."""
+    evaluate: AnswerOptions | None = None
+    """Held-out conversations answered during the run."""
+    test: AnswerOptions | None = None
+    """Held-out conversations answered with the untrained and the final weights."""
+    export: VlmExportOptions = VlmExportOptions()
+    """The folder written at the end."""
+    track: TrackOptions = TrackOptions()
+    """Trackers besides `metrics.jsonl`."""
+
+    @pydantic.model_validator(mode="after")
+    def _blocks_agree(self) -> Self:
+        if self.train.evaluate_every is not None and self.evaluate is None:
+            raise ValueError("train.evaluate_every: is set, but there is no evaluate block; add one or leave it out")
+        if self.prepare.dataset is not None and len(self.data.train) != 1:
+            raise ValueError("prepare.dataset: needs exactly one source in data.train, the file to write")
+        frozen = sorted(set(self.optimizer.part_learning_rates) & set(self.model.freeze))
+        if frozen:
+            raise ValueError(f"optimizer.part_learning_rates.{frozen[0]}: this part is in model.freeze; take one out")
+        return self
+
+
+KINDS: dict[str, type[EmbedRecipe] | type[VlmRecipe]] = {"embed": EmbedRecipe, "vlm": VlmRecipe}

@@ -51,7 +51,7 @@ def write_report(folder: str | Path) -> Path:
         "summary": _summary(steps[-1]),
         "table": _result_table(result),
         "picture": base64.b64encode(picture.read_bytes()).decode(),
-        "samples": _samples(result),
+        "samples": _SAMPLES[result["kind"]](result),
         "recipe": html.escape(recipe),
         "environment": html.escape(environment),
     }
@@ -60,7 +60,7 @@ def write_report(folder: str | Path) -> Path:
 
 
 def draw_run(rows: Sequence[Row], result: Row, path: Path) -> None:
-    """Draws loss over steps, and beside it the first metric of the evaluations; BM25 is a dashed line.
+    """Draws loss over steps, and beside it the first metric of the evaluations; other systems are dashed lines.
 
     Args:
         rows: Of `metrics.jsonl`.
@@ -104,7 +104,7 @@ def _draw_loss(axis: Axes, rows: Sequence[Row]) -> None:
 
 
 def _draw_metric(axis: Axes, evaluations: Sequence[Row], result: Row, last_step: int) -> None:
-    """Held-out curve during the run, and the test set before and after it, with BM25 on that set."""
+    """Held-out curve during the run, and the test set before and after it, with the yardstick on that set."""
     name = next(iter(evaluations[0]["evaluation"] if evaluations else result["metrics"]))
     if evaluations:
         steps = [row["step"] for row in evaluations]
@@ -115,8 +115,8 @@ def _draw_metric(axis: Axes, evaluations: Sequence[Row], result: Row, last_step:
     shown = [(step, metrics[name]) for step, metrics in points if name in metrics]
     if shown:
         axis.plot(*zip(*shown, strict=True), "D", color=_ORANGE, markersize=8, clip_on=False, zorder=3, label="test")
-    if name in baselines.get("BM25", {}):
-        axis.axhline(baselines["BM25"][name], color=_GREY, linestyle="--", label="BM25, test")
+    for system in baselines.keys() - {"untrained"}:
+        axis.axhline(baselines[system][name], color=_GREY, linestyle="--", label=f"{system}, test")
     axis.set_ylim(bottom=0)
     axis.set_ylabel(name)
     axis.legend(frameon=False, loc="best")
@@ -152,7 +152,8 @@ def _result_table(result: Row) -> str:
     return f"<table><tr><th>test set</th>{head}</tr>{''.join(rows)}</table>"
 
 
-def _samples(result: Row) -> str:
+def _search_samples(result: Row) -> str:
+    """Queries of an embedding run with what was found for them."""
     if not result["samples"]:
         return ""
     name = html.escape(next(iter(result["metrics"])))
@@ -181,6 +182,26 @@ def _document(mark: str, place: str, document: Row) -> str:
     return f'<li class="{kind}"><i>{mark}</i><code>{place}</code><p><b>{key}</b> {text}</p></li>'
 
 
+def _answer_samples(result: Row) -> str:
+    """Questions of a vision-language run with their images, the model's answer and the reference."""
+    if not result["samples"]:
+        return ""
+    cards = "".join(_answer(sample) for sample in result["samples"])
+    note = "Held-out questions at even steps through the test set. ✓ exact match; ✗ with the reference beside it."
+    return f'<h2>Sample answers</h2><p class="quiet">{note}</p><div class="cards">{cards}</div>'
+
+
+def _answer(sample: Row) -> str:
+    pictures = "".join(f'<img alt="" src="data:image/png;base64,{image}">' for image in sample["images"])
+    answer, reference = html.escape(sample["answer"]), html.escape(sample["reference"])
+    verdict = f'<p class="hit">✓ {answer}</p>'
+    if not sample["correct"]:
+        verdict = f'<p class="miss">✗ {answer}</p><p class="quiet">expected {reference}</p>'
+    return f"<figure>{pictures}<figcaption><p>{html.escape(sample['question'])}</p>{verdict}</figcaption></figure>"
+
+
+_SAMPLES = {"embed": _search_samples, "vlm": _answer_samples}
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -207,6 +228,10 @@ li p { margin: 0; overflow: hidden; white-space: nowrap; text-overflow: ellipsis
 li p:hover { white-space: normal; }
 .hit, .hit i { color: #0072b2; }
 .miss, .miss i { color: #d55e00; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1rem; }
+figure { margin: 0; border-top: 1px solid #ddd; padding: .6rem 0; font-size: .9rem; }
+figure img { width: 10rem; image-rendering: pixelated; }
+figcaption p { margin: .2rem 0; }
 pre { font-size: .8rem; background: #f6f6f6; padding: .8rem; overflow-x: auto; }
 summary { cursor: pointer; font-weight: bold; }
 details { margin-top: 1rem; }

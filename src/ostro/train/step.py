@@ -43,18 +43,30 @@ class Optimizer:
     Names, not positions, are what a checkpoint of another split or a changed parameter order can be matched by.
     """
 
-    def __init__(self, weights: Mapping[str, torch.nn.Parameter], options: OptimizerOptions) -> None:
-        """Builds two groups: matrices with weight decay, everything else without.
+    def __init__(
+        self,
+        weights: Mapping[str, torch.nn.Parameter],
+        options: OptimizerOptions,
+        rate_factors: Mapping[str, float] | None = None,
+    ) -> None:
+        """Builds two groups per learning rate: matrices with weight decay, everything else without.
 
         Args:
             weights: Trainable float32 weights by name.
             options: Hyper-parameters.
+            rate_factors: What the learning rate of a weight is multiplied by, where it is not 1, by name.
         """
         self._weights = dict(weights)
         self._options = options
-        matrices = [weight for weight in self._weights.values() if weight.ndim >= 2]
-        others = [weight for weight in self._weights.values() if weight.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        by_kind: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+        for name, weight in self._weights.items():
+            kind = ((rate_factors or {}).get(name, 1.0), weight.ndim >= 2)
+            by_kind.setdefault(kind, []).append(weight)
+        self._factors = [factor for factor, _ in by_kind]
+        groups = [
+            {"params": group, "weight_decay": options.weight_decay if is_matrix else 0.0}
+            for (_, is_matrix), group in by_kind.items()
+        ]
         self._adamw = torch.optim.AdamW(
             groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True
         )
@@ -74,7 +86,7 @@ class Optimizer:
         """Clips the gradients, updates the weights and clears the gradients.
 
         Args:
-            rate: Learning rate of this step.
+            rate: Learning rate of this step, before the factors.
 
         Returns:
             The gradient norm before clipping.
@@ -87,8 +99,8 @@ class Optimizer:
         check_finite("gradient norm", norm.item())
         if self._options.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(list(self._weights.values()), self._options.max_grad_norm, norm)
-        for group in self._adamw.param_groups:
-            group["lr"] = rate
+        for group, factor in zip(self._adamw.param_groups, self._factors, strict=True):
+            group["lr"] = rate * factor
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
         return float(norm)

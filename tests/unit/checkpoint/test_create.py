@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from ostro.checkpoint.create import create_weights
-from ostro.checkpoint.layout import TEXT_LINEAR, recognise
 from ostro.checkpoint.presets import LAYOUT_NAMES, PRECISIONS, SIZES, model_config
 from ostro.errors import CheckpointError, OstroError, RecipeError
+from ostro.models.layout import TEXT_LINEAR, recognise
 from ostro.models.tokenizer import load_tokenizer
 from tests.helpers.disk import full_disk
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -23,6 +24,7 @@ from ostro.checkpoint.inspect import inspect_folder
 from ostro.checkpoint.report import FolderReport
 from ostro.errors import CheckpointError, LayoutError
 from tests.helpers.fp8_folder import write_fp8_folder
+from tests.helpers.native_folder import write_native_folder
 from tests.helpers.tiny import text_config
 
 Tensors = dict[str, torch.Tensor]
@@ -249,6 +251,33 @@ def test_the_same_weights_in_native_form_are_not_counted_twice(folder: Path) -> 
     (folder / "model.safetensors").unlink()
     with pytest.raises(LayoutError, match=r"native layout \(consolidated\.safetensors\)"):
         weight_files(folder)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_native_folder_tells_what_the_same_weights_in_hugging_face_form_tell(
+    tmp_path: Path, tied: bool, num_shards: int
+) -> None:
+    write_fp8_folder(tmp_path / "stock", layout="identity", tie_word_embeddings=tied)
+    write_native_folder(tmp_path / "native", tmp_path / "stock", num_shards=num_shards)
+    stock, native = inspect_folder(tmp_path / "stock"), inspect_folder(tmp_path / "native")
+    assert (native.layout, native.num_files, native.problems) == ("native", num_shards, ())
+    assert native.head_stored is not tied
+    same = dataclasses.replace(native, folder=stock.folder, layout=stock.layout, num_files=1)
+    assert dataclasses.replace(same, num_tensors=stock.num_tensors, num_bytes=stock.num_bytes) == stock
+    assert (same.num_tensors, same.num_bytes) == (stock.num_tensors, stock.num_bytes)
+    edit = tmp_path / "native" / "params.json"
+    edit.write_text(json.dumps({**json.loads(edit.read_text()), "n_layers": 3}))
+    assert "num_hidden_layers 3, but 2 text layers are stored" in problem(tmp_path / "native")
+
+
+def test_what_a_model_needs(made: Path) -> None:
+    report = inspect_folder(made)
+    num_parameters, num_fp8 = sum(report.num_parameters.values()), report.num_bytes["F8_E4M3"]
+    memory = report.memory
+    assert memory.bfloat16_bytes == 2 * num_parameters
+    assert memory.fp8_bytes == report.num_bytes["F8_E4M3"] + report.num_bytes["BF16"] == 2 * num_parameters - num_fp8
+    assert (memory.full_bfloat16_bytes, memory.full_float32_bytes) == (8 * num_parameters, 16 * num_parameters)
 
 
 def test_shards_are_those_of_the_index(tmp_path: Path) -> None:

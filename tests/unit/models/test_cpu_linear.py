@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from ostro.models.cpu_linear import OneDnnLinear, use_onednn
+from ostro.models.cpu_linear import OneDnnLinear, onednn_is_faster, use_onednn
 from ostro.models.embedder import Embedder
 from ostro.models.packed import PackedTexts
 from tests.helpers.tiny import token_ids
@@ -45,18 +47,34 @@ def test_other_dtypes_take_the_plain_product() -> None:
     assert torch.equal(layer(states), torch.nn.functional.linear(states, layer.weight))
 
 
-def test_a_float32_embedder_uses_them_and_gives_the_same_vectors() -> None:
+@pytest.mark.parametrize(
+    ("cpu_facts", "expected"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\n", True),
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\n", False),
+        ("processor\t: 0\nBogoMIPS\t: 243.75\n", False),
+        (None, False),
+    ],
+)
+def test_the_maker_of_the_processor_decides(tmp_path: Path, cpu_facts: str | None, expected: bool) -> None:
+    file = tmp_path / "cpuinfo"
+    if cpu_facts is not None:
+        file.write_text(cpu_facts, encoding="utf-8")
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    assert onednn_is_faster(file) is (expected and libraries)
+
+
+def test_an_embedder_gives_the_same_vectors_with_either_library() -> None:
     packed = PackedTexts.from_token_ids(token_ids(LENGTHS))
-    embedder = Embedder(tower())
-    assert any(isinstance(module, OneDnnLinear) for module in embedder.modules())
-    low = Embedder(tower().bfloat16())
+    embedder, low = Embedder(tower()), Embedder(tower().bfloat16())
+    assert any(isinstance(module, OneDnnLinear) for module in embedder.modules()) is onednn_is_faster()
     assert not any(isinstance(module, OneDnnLinear) for module in low.modules())
-    plain = tower()
-    reference = Embedder(plain)
+    plain = Embedder(tower())
     for name, module in list(plain.named_modules()):
         if isinstance(module, OneDnnLinear):
             linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
             linear.weight = module.weight
             parent, _, child = name.rpartition(".")
             setattr(plain.get_submodule(parent), child, linear)
-    torch.testing.assert_close(embedder(packed), reference(packed), atol=1e-5, rtol=0)
+    use_onednn(embedder)
+    torch.testing.assert_close(embedder(packed), plain(packed), atol=1e-5, rtol=0)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralModel
+from transformers import Ministral3Model, MistralConfig, MistralModel, PreTrainedModel
 
 from ostro.models.ministral_bidirectional import Ministral3BidirectionalConfig, Ministral3BidirectionalModel
-from ostro.models.packed import PackedTexts, forward_packed, micro_batches, use_packed_attention
-from tests.helpers.tiny import padded, text_config, token_ids
+from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
+from ostro.models.packed import PACKED_ATTENTION, PackedTexts, forward_packed, micro_batches, use_packed_attention
+from tests.helpers.tiny import padded, text_config, token_ids, vlm_config
 
 LENGTHS = [40, 12, 12, 7, 3, 3, 3, 1]
 
@@ -20,6 +22,11 @@ def tower(**overrides: Any) -> Ministral3BidirectionalModel:
     settings = text_config(**overrides).to_dict()
     settings.pop("model_type")
     return Ministral3BidirectionalModel(Ministral3BidirectionalConfig(**settings)).eval()
+
+
+def causal_tower(**overrides: Any) -> Ministral3Model:
+    torch.manual_seed(0)
+    return Ministral3Model(text_config(**overrides)).eval()
 
 
 def padded_states(model: torch.nn.Module, ids: list[list[int]], side: str = "right") -> torch.Tensor:
@@ -39,8 +46,49 @@ def test_states_equal_padded(lengths: list[int], window: int | None) -> None:
     torch.testing.assert_close(states, expected, atol=1e-5, rtol=0)
 
 
-def test_gradients_equal_padded() -> None:
-    model = tower()
+@pytest.mark.parametrize("window", [None, 1, 3, 39, 40, 64])
+@pytest.mark.parametrize("lengths", [LENGTHS, [5], [1], [3, 40, 3]])
+def test_causal_states_equal_padded(lengths: list[int], window: int | None) -> None:
+    model = causal_tower(sliding_window=window)
+    ids = token_ids(lengths)
+    expected = padded_states(model, ids)
+    use_packed_attention(model)
+    states = forward_packed(model, PackedTexts.from_token_ids(ids))
+    # float32 rounding of sums taken in another order; hidden states are of order 1
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=0)
+
+
+def test_the_call_decides_on_causality_before_the_layer() -> None:
+    model, ids = causal_tower(), token_ids(LENGTHS)
+    model.config.is_causal = False  # transformers makes a keyword of it, and leaves the layers' flag
+    expected = padded_states(model, ids)
+    use_packed_attention(model)
+    states = forward_packed(model, PackedTexts.from_token_ids(ids))
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=0)
+
+
+def test_generation_is_as_before_with_packed_attention_on() -> None:
+    torch.manual_seed(0)
+    model = Mistral3FP8VLMForConditionalGeneration(vlm_config()).eval()
+    input_ids, mask = padded(token_ids([9, 4, 20]), side="left")
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(**inputs)
+    use_packed_attention(model)
+    assert torch.equal(model.generate(**inputs), expected)
+
+
+def test_one_call_sets_text_and_vision() -> None:
+    model = Mistral3FP8VLMForConditionalGeneration(vlm_config())
+    assert model.model.vision_tower.config._attn_implementation == PACKED_ATTENTION
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+    use_packed_attention(model)
+    assert model.model.language_model.config._attn_implementation == PACKED_ATTENTION
+    assert model.model.vision_tower.config._attn_implementation == PACKED_ATTENTION
+
+
+@pytest.mark.parametrize("make", [tower, causal_tower])
+def test_gradients_equal_padded(make: Callable[[], PreTrainedModel]) -> None:
+    model = make()
     ids = token_ids(LENGTHS)
     target = torch.randn(sum(LENGTHS), 32, generator=torch.Generator().manual_seed(3))
 
@@ -76,11 +124,12 @@ def test_padded_calls_still_work_after_packing_is_on() -> None:
     torch.testing.assert_close(padded_states(model, ids, side="left"), expected)
 
 
-def test_bf16_is_no_further_from_float32_than_the_padded_form() -> None:
+@pytest.mark.parametrize("make", [tower, causal_tower])
+def test_bf16_is_no_further_from_float32_than_the_padded_form(make: Callable[[], Any]) -> None:
     ids = token_ids([400, 400, 50, 7], seed=5)
-    truth_model = tower()
+    truth_model = make()
     truth = padded_states(truth_model, ids)
-    model = tower().bfloat16()
+    model = make().bfloat16()
     model.rotary_emb = truth_model.rotary_emb
     padded_error = (padded_states(model, ids).float() - truth).norm()
     use_packed_attention(model)

@@ -10,7 +10,7 @@ import pytest
 from ostro.errors import OstroError
 from ostro.retrieval.evaluate import evaluate
 from ostro.retrieval.options import EvaluateOptions
-from ostro.retrieval.report import QueryReport, RetrievalReport, metric_table
+from ostro.retrieval.report import QueryReport, RetrievalReport
 from tests.unit.retrieval.sets import TableEncoder, evaluation_set
 
 
@@ -20,15 +20,6 @@ def report(values: list[float]) -> RetrievalReport:
         for i, value in enumerate(values)
     )
     return RetrievalReport("winds/test", {"nDCG@2": sum(values) / len(values)}, queries, 3, {"search_s": 0.1})
-
-
-def test_metrics_stand_in_columns() -> None:
-    systems = {"trained": {"nDCG@1000000": 0.5, "MRR@1": 1.0}, "BM25": {"MRR@1": 0.25, "nDCG@1000000": 0.125}}
-    assert metric_table(systems).splitlines() == [
-        "        nDCG@1000000      MRR@1",
-        "trained       0.5000     1.0000",
-        "BM25          0.1250     0.2500",
-    ]
 
 
 def test_save_writes_the_mean_and_a_row_per_query(tmp_path: Path) -> None:

@@ -248,10 +248,6 @@ def test_accumulated_batches_weigh_equally(inputs: Path, tmp_path: Path) -> None
             {"loss": {"matryoshka_dims": [4096]}},
             r"^loss\.matryoshka_dims: must be <= the model's 192 dims, got \[4096\]",
         ),
-        (
-            {"model": {"weights": "not-there"}, "prepare": {"weights": {"size": "huge"}}},
-            r"^prepare\.weights\.size: must be one of tiny",
-        ),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_before_training(

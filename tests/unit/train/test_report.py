@@ -55,7 +55,7 @@ def run_folder(folder: Path, *, evaluated: bool = True, **result: Any) -> Path:
         rows.insert(0, {"step": 0, "evaluation": {"nDCG@10": 0.03}, "split": "dev"})
         rows.append({"step": 40, "evaluation": {"nDCG@10": 0.6}, "split": "dev"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    page = {"metrics": METRICS, "baselines": BASELINES, "samples": [SAMPLE], **result}
+    page = {"kind": "embed", "metrics": METRICS, "baselines": BASELINES, "samples": [SAMPLE], **result}
     (folder / "result.json").write_text(json.dumps(page), encoding="utf-8")
     (folder / "recipe.yaml").write_text("kind: embed\nloss: {temperature: 0.05}  # <5 %\n", encoding="utf-8")
     (folder / "environment.json").write_text('{"python": "3.11.7"}\n', encoding="utf-8")

@@ -11,9 +11,10 @@ from transformers import (
     Mistral3ForConditionalGeneration,
 )
 
-from ostro.checkpoint.layout import BARE, IDENTITY, LAYOUTS, NESTED, TEXT_LINEAR, TEXT_ONLY, Layout, recognise
 from ostro.errors import LayoutError
+from ostro.models.layout import BARE, IDENTITY, LAYOUTS, NATIVE, NESTED, TEXT_LINEAR, TEXT_ONLY, Layout, recognise
 from tests.helpers.fp8_folder import stored_name
+from tests.helpers.native_folder import native_name
 from tests.helpers.tiny import text_config, vlm_config
 
 with torch.device("meta"):
@@ -26,6 +27,7 @@ STORED = {
     IDENTITY: RUNTIME,
     TEXT_ONLY: TEXT,
     BARE: TOWER,
+    NATIVE: [native_name(key) for key in RUNTIME],
 }
 
 
@@ -40,7 +42,7 @@ def test_each_layout_is_recognised_and_goes_both_ways(layout: Layout) -> None:
 
 def test_names_go_from_any_layout_to_any_other() -> None:
     towers = {
-        layout: {key for key in keys if "layers" in key and "vision" not in key} for layout, keys in STORED.items()
+        layout: {key for key in keys if "layers." in key and "vision" not in key} for layout, keys in STORED.items()
     }
     for source, keys in towers.items():
         for target in LAYOUTS:
@@ -51,6 +53,27 @@ def test_scales_follow_their_weight() -> None:
     linear = "layers.12.mlp.up_proj."
     for name in ("weight_scale_inv", "activation_scale"):
         assert NESTED.to_runtime(f"language_model.model.{linear}{name}") == f"model.language_model.{linear}{name}"
+
+
+def test_native_scales_have_other_names() -> None:
+    for name, stored in (("weight_scale_inv", "qscale_weight"), ("activation_scale", "qscale_act")):
+        runtime = f"model.language_model.layers.3.self_attn.o_proj.{name}"
+        assert NATIVE.to_runtime(f"layers.3.attention.wo.{stored}") == runtime
+        assert NATIVE.to_stored(runtime) == f"layers.3.attention.wo.{stored}"
+
+
+def test_native_rows_are_interleaved_in_q_and_k_of_both_towers() -> None:
+    interleaved = {key for key in RUNTIME if NATIVE.interleaves(key)}
+    assert interleaved == {key for key in RUNTIME if key.endswith(("q_proj.weight", "k_proj.weight"))}
+    assert len(interleaved) == 2 * 2 + 2 * 2
+    assert not any(layout.interleaves(key) for layout in (NESTED, IDENTITY, TEXT_ONLY, BARE) for key in RUNTIME)
+
+
+def test_native_keys_that_are_no_part_of_the_model_are_skipped() -> None:
+    key = "layers.0.attention.wq.weight_fake_quantizer.amax"
+    assert recognise([*STORED[NATIVE], key]) is NATIVE
+    assert NATIVE.skips(key)
+    assert not any(NATIVE.skips(key) for key in STORED[NATIVE])
 
 
 def test_a_classifier_is_text_only() -> None:
@@ -80,7 +103,7 @@ def test_unmatched_keys_are_listed_with_the_layouts_tried() -> None:
         recognise([*STORED[NESTED], *strange])
     message = str(caught.value)
     assert f"no layout covers all {len(RUNTIME) + 12} keys" in message
-    assert "tried nested, identity, text-only, bare tower. Nearest is nested, without a place for 12" in message
+    assert "tried nested, identity, text-only, bare tower, native. Nearest is nested, without a place for 12" in message
     assert "strange.00.weight" in message
     assert "strange.09.weight" in message
     assert "strange.10.weight" not in message
@@ -96,7 +119,7 @@ def test_unmatched_keys_are_listed_with_the_layouts_tried() -> None:
         ([*RUNTIME, *TEXT], "stored more than once: lm_head.weight"),
         ([*STORED[NESTED], "lm_head.weight"], "without a place for 1: lm_head.weight"),
         (["layers.zero.mlp.up_proj.weight"], "no layout covers"),
-        (["tok_embeddings.weight", "layers.0.attention.wq.weight", "output.weight"], "Mistral's native layout"),
+        ([*STORED[NATIVE], *TEXT], "no layout covers"),
     ],
 )
 def test_bad_sets_of_keys(keys: list[str], message: str) -> None:

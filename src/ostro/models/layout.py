@@ -11,14 +11,13 @@ any layout to any other through them:
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ostro.errors import LayoutError
-
-_MAX_LISTED = 10
+from ostro.errors import LayoutError, shorten
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,16 @@ class Layout:
         name: As users and messages call it.
         rows: Stored and runtime pattern of each part; `*` stands for the same non-empty text in both, `#` for the same
             number.
+        skipped: Stored patterns of tensors that are no part of the model.
+        interleaved: Runtime patterns of the weights whose output rows are stored in another order: within each head,
+            the two halves that rotate against each other take turns. Runtime row `j * head_dim / 2 + i` of a head is
+            stored row `2 * i + j`.
     """
 
     name: str
     rows: tuple[tuple[str, str], ...]
+    skipped: tuple[str, ...] = ()
+    interleaved: tuple[str, ...] = ()
 
     def to_runtime(self, key: str) -> str:
         """The runtime name of a stored key.
@@ -57,8 +62,16 @@ class Layout:
         return self._rename(key, tuple((runtime, stored) for stored, runtime in self.rows), "runtime name")
 
     def covers(self, key: str) -> bool:
-        """Whether a stored key is one of this layout."""
-        return any(_regex(stored).fullmatch(key) for stored, _ in self.rows)
+        """Whether a stored key is one of this layout, skipped ones included."""
+        return self.skips(key) or any(_regex(stored).fullmatch(key) for stored, _ in self.rows)
+
+    def skips(self, key: str) -> bool:
+        """Whether a stored key is one that is no part of the model."""
+        return any(_regex(stored).fullmatch(key) for stored in self.skipped)
+
+    def interleaves(self, name: str) -> bool:
+        """Whether the rows of a runtime weight are stored interleaved."""
+        return any(_regex(runtime).fullmatch(name) for runtime in self.interleaved)
 
     def _rename(self, key: str, rows: tuple[tuple[str, str], ...], what: str) -> str:
         for source, target in rows:
@@ -69,6 +82,7 @@ class Layout:
         )
 
 
+@functools.cache
 def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(re.escape(pattern).replace(r"\*", "(.+)").replace(r"\#", "([0-9]+)"))
 
@@ -110,14 +124,63 @@ TEXT_ONLY = Layout(
 BARE = Layout("bare tower", tuple((part, f"model.language_model.{part}") for part in _TOWER))
 """A text tower or embedder saved on its own."""
 
-LAYOUTS = (NESTED, IDENTITY, TEXT_ONLY, BARE)
+_TEXT_LAYER, _NATIVE_LAYER = "model.language_model.layers.#.", "layers.#."
+_VISION_LAYER, _NATIVE_VISION_LAYER = "model.vision_tower.transformer.layers.#.", "vision_encoder.transformer.layers.#."
+_ATTENTION = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo"}
+_FEED_FORWARD = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_QUANTISED = {"weight": "weight", "weight_scale_inv": "qscale_weight", "activation_scale": "qscale_act"}
+
+NATIVE = Layout(
+    "native",
+    (
+        ("tok_embeddings.weight", "model.language_model.embed_tokens.weight"),
+        ("norm.weight", "model.language_model.norm.weight"),
+        ("output.weight", "lm_head.weight"),
+        (f"{_NATIVE_LAYER}attention_norm.weight", f"{_TEXT_LAYER}input_layernorm.weight"),
+        (f"{_NATIVE_LAYER}ffn_norm.weight", f"{_TEXT_LAYER}post_attention_layernorm.weight"),
+        *(
+            (f"{_NATIVE_LAYER}{stored_block}.{stored}.{stored_last}", f"{_TEXT_LAYER}{block}.{name}.{last}")
+            for stored_block, block, names in (
+                ("attention", "self_attn", _ATTENTION),
+                ("feed_forward", "mlp", _FEED_FORWARD),
+            )
+            for name, stored in names.items()
+            for last, stored_last in _QUANTISED.items()
+        ),
+        (f"{_NATIVE_VISION_LAYER}attention_norm.weight", f"{_VISION_LAYER}attention_norm.weight"),
+        (f"{_NATIVE_VISION_LAYER}ffn_norm.weight", f"{_VISION_LAYER}ffn_norm.weight"),
+        *(
+            (f"{_NATIVE_VISION_LAYER}{block}.{stored}.weight", f"{_VISION_LAYER}{block}.{name}.weight")
+            for block, names in (("attention", _ATTENTION), ("feed_forward", _FEED_FORWARD))
+            for name, stored in names.items()
+        ),
+        ("vision_encoder.ln_pre.weight", "model.vision_tower.ln_pre.weight"),
+        ("vision_encoder.patch_conv.weight", "model.vision_tower.patch_conv.weight"),
+        ("vision_language_adapter.w_in.*", "model.multi_modal_projector.linear_1.*"),
+        ("vision_language_adapter.w_out.*", "model.multi_modal_projector.linear_2.*"),
+        ("patch_merger.merging_layer.weight", "model.multi_modal_projector.patch_merger.merging_layer.weight"),
+        ("pre_mm_projector_norm.weight", "model.multi_modal_projector.norm.weight"),
+    ),
+    skipped=("*fake_quantizer*",),
+    interleaved=tuple(
+        f"{block}.{name}.weight"
+        for block in (f"{_TEXT_LAYER}self_attn", f"{_VISION_LAYER}attention")
+        for name in ("q_proj", "k_proj")
+    ),
+)
+"""Mistral's own names and row order: `consolidated*.safetensors` beside `params.json`.
+
+Source: `convert_ministral3_weights_to_hf.py` of transformers.
+"""
+
+LAYOUTS = (NESTED, IDENTITY, TEXT_ONLY, BARE, NATIVE)
 _NAMES = ", ".join(layout.name for layout in LAYOUTS)
+
+SCALE, ACTIVATION_SCALE = "weight_scale_inv", "activation_scale"
+"""What runtime names call the scale of a weight (it multiplies) and of its static activations."""
 
 TEXT_LINEAR = re.compile(r"model\.language_model\.layers\.[0-9]+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj\.weight")
 """Runtime names of the weights that released FP8 folders store as F8_E4M3: the seven linears of every text layer."""
-
-# Mistral's own names (`params.json`, `consolidated*.safetensors`): a folder with this key has them throughout.
-_NATIVE_KEY = "tok_embeddings.weight"
 
 
 def recognise(keys: Iterable[str]) -> Layout:
@@ -138,11 +201,6 @@ def recognise(keys: Iterable[str]) -> Layout:
         raise LayoutError("keys: the folder has no tensor, expected the weights of a Mistral-3 model")
     if doubled := [key for key, count in counts.items() if count > 1]:
         raise LayoutError(f"keys: stored more than once: {shorten(doubled)}; keep one copy of the weights")
-    if _NATIVE_KEY in counts:
-        raise LayoutError(
-            f"{_NATIVE_KEY}: the keys are in Mistral's native layout, expected a Hugging Face one ({_NAMES}); "
-            "use model*.safetensors and config.json of the same release"
-        )
     unmatched = {layout: [key for key in counts if not layout.covers(key)] for layout in LAYOUTS}
     fitting = [layout for layout in LAYOUTS if not unmatched[layout]]
     if len(fitting) == 1:
@@ -155,13 +213,3 @@ def recognise(keys: Iterable[str]) -> Layout:
         f"keys: no layout covers all {len(counts)} keys; tried {_NAMES}. Nearest is {nearest.name}, without a place "
         f"for {len(unmatched[nearest])}: {shorten(unmatched[nearest])}"
     )
-
-
-def shorten(keys: Sequence[str]) -> str:
-    """Up to ten keys, sorted, for a message.
-
-    Args:
-        keys: Any number of keys.
-    """
-    more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
-    return ", ".join(sorted(keys)[:_MAX_LISTED]) + more

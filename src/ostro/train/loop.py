@@ -1,0 +1,78 @@
+"""The loop that both kinds of run share: fetch, step, log, evaluate, save.
+
+What a step computes is the trainer's business, what an evaluation is each kind's.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ostro.errors import OstroError
+from ostro.train import metrics, runtime
+from ostro.train.options import TrackOptions, TrainOptions
+from ostro.train.trainer import Trainer
+
+
+def run_steps(
+    trainer: Trainer,
+    options: TrainOptions,
+    track: TrackOptions,
+    folder: Path,
+    console: Console,
+    *,
+    stop: runtime.StopRequest,
+    before: Callable[[metrics.RunLog, metrics.LiveLine], None],
+    evaluate: Callable[[int, metrics.RunLog, metrics.LiveLine], None] | None,
+) -> None:
+    """Trains to the last step, from wherever the trainer stands.
+
+    Args:
+        trainer: Computes and takes the steps.
+        options: Periods of the run.
+        track: Trackers.
+        folder: Run folder.
+        console: Where progress is shown.
+        stop: Looked at after each step.
+        before: Scores the untrained model; called when no step was taken yet.
+        evaluate: Scores the model after so many steps; None for a run without held-out data.
+
+    Raises:
+        Stopped: When a signal asked for a stop; a checkpoint was written.
+        OstroError: When a step or an evaluation failed; what was done until then is in a checkpoint.
+    """
+    num_steps = trainer.num_steps
+    with (
+        metrics.open_log(folder, track, resumed_step=trainer.step) as log,
+        metrics.live_line(console, num_steps=num_steps, first_step=trainer.step) as line,
+    ):
+        if trainer.step == 0:
+            before(log, line)
+        speed = metrics.Throughput(trainer.peak_flops)
+        while trainer.step < num_steps:
+            try:
+                row = trainer.train_step()
+                speed.add(row.pop("flops", 0.0), int(row["num_tokens"]))
+                line.advance()
+                step, last = trainer.step, trainer.step == num_steps
+                if step % options.log_every == 0 or last:
+                    row |= speed.read()
+                    log.row(step, row)
+                    line.show(step, row)
+                if evaluate is not None and (last or _due(step, options.evaluate_every)):
+                    evaluate(step, log, line)
+                    speed.restart()
+            except (OstroError, OSError, torch.OutOfMemoryError) as error:
+                raise runtime.stopped_by(error, trainer.save(folder), trainer.step, num_steps) from error
+            if last or _due(step, options.save_every) or stop.signal_number:
+                path = trainer.save(folder)
+            if stop.signal_number:
+                raise runtime.stopped_by(signal.Signals(stop.signal_number), path, step, num_steps)
+
+
+def _due(step: int, period: int | None) -> bool:
+    return period is not None and step % period == 0

@@ -1,0 +1,186 @@
+"""What both trainers hold and save: master weights, optimizer, position and random state, from one step to the next.
+
+What a step computes belongs to each loop, which subclasses `Trainer`; files are written by `checkpoint.train_state`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+
+from ostro.checkpoint.train_state import latest_train_state, load_train_state, save_train_state
+from ostro.train import runtime
+from ostro.train.options import OptimizerOptions, ScheduleOptions
+from ostro.train.precision import MasterWeights
+from ostro.train.step import Optimizer, learning_rate
+
+
+class Positioned(Protocol):
+    """A loader whose place in the data can be saved and restored."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch handed out."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Moves to a saved position."""
+
+
+@dataclass
+class TrainerState:
+    """All that changes during a run; every field is saved, and nothing else is.
+
+    Attributes:
+        step: Optimizer steps done.
+        num_tokens: Tokens seen.
+        weights: Float32 master weights and parameters of the loss, by name.
+        optimizer: Moments and step counts by weight name.
+        loader: Position in the data, counted in global samples.
+        random: Random state by device.
+    """
+
+    step: int
+    num_tokens: int
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, dict[str, torch.Tensor]]
+    loader: dict[str, Any]
+    random: dict[str, torch.Tensor]
+
+
+class Trainer(abc.ABC):
+    """The state of a run and its optimizer step; subclasses compute the gradients.
+
+    Attributes:
+        step: Optimizer steps done.
+        num_tokens: Tokens seen.
+        num_steps: Optimizer steps of the whole run.
+        peak_flops: Floating-point operations per second that the device reaches at best; None where a subclass does
+            not count the operations of a step.
+    """
+
+    peak_flops: float | None = None
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        loader: Positioned,
+        optimizer: OptimizerOptions,
+        schedule: ScheduleOptions,
+        *,
+        num_steps: int,
+        keep_last: int,
+        loss_weights: Mapping[str, torch.nn.Parameter] | None = None,
+        rate_factors: Mapping[str, float] | None = None,
+    ) -> None:
+        """Sets up master weights and optimizer.
+
+        Args:
+            module: The model on its device; its parameters with `requires_grad` are trained.
+            loader: Training batches.
+            optimizer: Hyper-parameters.
+            schedule: Learning rate over the run.
+            num_steps: Optimizer steps of the whole run.
+            keep_last: Checkpoints to keep.
+            loss_weights: Float32 parameters of the loss to train too, by name.
+            rate_factors: What the learning rate of a weight is multiplied by, where it is not 1, by name.
+        """
+        self.step = 0
+        self.num_tokens = 0
+        self.num_steps = num_steps
+        self._loader, self._keep_last = loader, keep_last
+        self._schedule, self._peak = schedule, optimizer.learning_rate
+        self._masters = MasterWeights(module)
+        self._weights = {**self._masters.named_parameters(), **(loss_weights or {})}
+        self._optimizer = Optimizer(self._weights, optimizer, rate_factors)
+        self._mark_position()
+
+    @abc.abstractmethod
+    def train_step(self) -> dict[str, float]:
+        """Computes the gradients of one step and calls `update`.
+
+        Returns:
+            What a log row shows, with at least `loss` and what `update` returns; `flops` where they are counted.
+
+        Raises:
+            OstroError: When a row is wrong, or loss or gradient norm is not finite; `state` is still that before it.
+        """
+
+    def update(self, num_tokens: int) -> dict[str, float]:
+        """Takes the optimizer step from the gradients that are there.
+
+        Args:
+            num_tokens: Tokens that the gradients come from.
+
+        Returns:
+            `grad_norm`, `learning_rate` and `num_tokens`, for the log row.
+
+        Raises:
+            OstroError: When the gradient norm is not finite; `state` is still that before the step.
+        """
+        rate = learning_rate(self.step, num_steps=self.num_steps, peak=self._peak, options=self._schedule)
+        grad_norm = self._optimizer.step(rate)
+        self._masters.publish()
+        self.step += 1
+        self.num_tokens += num_tokens
+        self._mark_position()
+        return {"grad_norm": grad_norm, "learning_rate": rate, "num_tokens": num_tokens}
+
+    def _mark_position(self) -> None:
+        """Notes where data and random draws stand between two steps: a step that fails has moved both."""
+        self._position, self._random = self._loader.state_dict(), runtime.random_state()
+
+    def state(self) -> TrainerState:
+        """The run as it stands after `step` whole steps; weights and moments are the live ones."""
+        return TrainerState(
+            step=self.step,
+            num_tokens=self.num_tokens,
+            weights={name: weight.detach() for name, weight in self._weights.items()},
+            optimizer=self._optimizer.state_dict(),
+            loader=self._position,
+            random=self._random,
+        )
+
+    def save(self, folder: Path) -> Path:
+        """Writes a checkpoint into the run folder; the earlier ones stay loadable if it fails."""
+        return save_train_state(folder / "checkpoints", self.step, vars(self.state()), keep_last=self._keep_last)
+
+    def resume(self, folder: Path, console: Console) -> None:
+        """Continues from the latest checkpoint of the run folder, if there is one."""
+        path = latest_train_state(folder / "checkpoints")
+        if path is None:
+            return
+        # random: a run may move between CPU and CUDA, whose states differ in number
+        state = load_train_state(path, {**vars(self.state()), "random": {}})
+        self.step, self.num_tokens = state["step"], state["num_tokens"]
+        self._masters.publish()
+        self._loader.load_state_dict(state["loader"])
+        runtime.restore_random_state(state["random"])
+        self._mark_position()
+        console.out(f"{path}: continuing after step {self.step} of {self.num_steps}", highlight=False)
+
+
+def load_weights(path: Path, module: torch.nn.Module, loss_weights: Mapping[str, torch.Tensor] | None = None) -> int:
+    """Puts the weights of a checkpoint into a model, and leaves the rest of the state alone.
+
+    Args:
+        path: A checkpoint.
+        module: The model it was saved from, as it is before training.
+        loss_weights: Placeholders for the parameters of the loss that were saved beside the model's.
+
+    Returns:
+        Optimizer steps of the checkpoint.
+
+    Raises:
+        CheckpointError: When the checkpoint cannot be read or is of another model.
+    """
+    masters = MasterWeights(module)
+    weights: dict[str, torch.Tensor] = {**masters.named_parameters(), **(loss_weights or {})}
+    form = {"step": 0, "num_tokens": 0, "weights": weights, "optimizer": {}, "loader": {}, "random": {}}
+    state = load_train_state(path, form)
+    masters.publish()
+    return int(state["step"])

@@ -1,0 +1,183 @@
+"""What a vision-language run is judged by: answers before, during and after training, the exported folder, and the
+result page.
+
+The loop itself is in `vlm`; how answers are made and scored is in `answers`.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ostro.checkpoint.auto import fetch_weights
+from ostro.checkpoint.export_vlm import export_vlm, verify_vlm
+from ostro.data.conversation import Conversation, open_conversations
+from ostro.errors import missing_extra
+from ostro.inference.chat import Chat
+from ostro.train.answers import (
+    AnswerReport,
+    answer_by_question,
+    evaluate_answers,
+    open_held_out,
+    question_of,
+    reference_of,
+    summarise,
+)
+from ostro.train.metrics import LiveLine, RunLog
+from ostro.train.options import AnswerOptions
+from ostro.train.recipe import VlmRecipe
+from ostro.train.report import write_report
+from ostro.train.table import metric_table
+
+_NUM_SHOWN = 24
+_THUMBNAIL_PIXELS = 160
+
+
+@dataclass(frozen=True)
+class VlmResult:
+    """What a finished run leaves.
+
+    Attributes:
+        folder: Run folder.
+        weights: Exported folder.
+        metrics: Test metrics of the trained model; empty without a test block.
+        baselines: The same metrics of `question only` and `untrained`.
+    """
+
+    folder: Path
+    weights: Path
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def check_extras() -> None:
+    """Raises for a package that the run will need only at its end, so that no training is lost to it.
+
+    Raises:
+        OstroError: When matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise missing_extra("eval", "matplotlib")
+
+
+def evaluate_untrained(recipe: VlmRecipe, chat: Chat, log: RunLog, line: LiveLine) -> None:
+    """Scores the model before its first step, on both held-out sets."""
+    if recipe.evaluate is not None:
+        _evaluate_and_log(recipe.evaluate, chat, 0, log)
+    if recipe.test is not None:
+        report = evaluate_answers(chat, open_held_out(recipe.test, "test"), recipe.test)
+        (Path(recipe.output) / "untrained.json").write_text(json.dumps(report.metrics) + "\n", encoding="utf-8")
+        line.say(f"before training  {summarise(report.metrics)}")
+
+
+def evaluate_during(options: AnswerOptions, chat: Chat, step: int, log: RunLog, line: LiveLine) -> None:
+    """Scores the model after `step` steps."""
+    metrics = _evaluate_and_log(options, chat, step, log)
+    line.say(f"step {step}  held out  {summarise(metrics)}")
+
+
+def _evaluate_and_log(options: AnswerOptions, chat: Chat, step: int, log: RunLog) -> dict[str, float]:
+    report = evaluate_answers(chat, open_held_out(options, "evaluate"), options)
+    assert report.loss is not None  # a model's, not a baseline's
+    metrics = {**report.metrics, "loss": report.loss}
+    log.evaluation(step, "held out", metrics)
+    return metrics
+
+
+def finish(recipe: VlmRecipe, chat: Chat, step: int, console: Console) -> VlmResult:
+    """Scores the trained model, exports it, verifies the export and writes the report.
+
+    Args:
+        recipe: The run.
+        chat: The trained model.
+        step: Optimizer steps done.
+        console: Where the result is shown.
+
+    Returns:
+        The result, as also written to `result.json`.
+
+    Raises:
+        CheckpointError: When the exported folder is not the model in memory.
+    """
+    folder = Path(recipe.output)
+    metrics: Mapping[str, float] = {}
+    baselines: dict[str, Mapping[str, float]] = {}
+    samples: list[dict[str, Any]] = []
+    if recipe.test is not None:
+        held_out = open_held_out(recipe.test, "test")
+        report = evaluate_answers(chat, held_out, recipe.test)
+        report.save(folder / "test" / "answers.jsonl")
+        metrics = report.metrics
+        training = (conversation for source in open_conversations(recipe.data.train) for conversation in source)
+        baselines["question only"] = answer_by_question(training, held_out).metrics
+        untrained = folder / "untrained.json"
+        if untrained.exists():
+            baselines["untrained"] = json.loads(untrained.read_text(encoding="utf-8"))
+        samples = _samples(report)
+    weights = export(recipe, chat, folder / "weights", step=step)
+    result = VlmResult(folder, weights, metrics, baselines)
+    page = {"kind": "vlm", "metrics": dict(metrics), "baselines": baselines, "samples": samples}
+    (folder / "result.json").write_text(json.dumps(page, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_report(folder)
+    if metrics:
+        console.out(metric_table({"trained": metrics, **baselines}), highlight=False)
+    console.out(f"weights  {weights}\nreport   {folder / 'report.html'}", highlight=False)
+    return result
+
+
+def export(recipe: VlmRecipe, chat: Chat, folder: Path, *, step: int) -> Path:
+    """Writes the weights in the form of the folder they came from, and proves that they read back the same.
+
+    Args:
+        recipe: The run.
+        chat: The trained model.
+        folder: Where to write; an earlier export there is replaced.
+        step: Optimizer steps done, for the model card.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        CheckpointError: When the folder cannot be written, or read back to the same weights.
+    """
+    source = fetch_weights(recipe.model.weights)
+    export_vlm(chat.model, source, folder, precision=recipe.export.precision, num_steps=step)
+    verify_vlm(folder, chat.model)
+    return folder
+
+
+def _samples(report: AnswerReport) -> list[dict[str, Any]]:
+    """Conversations at even steps through the set, with small pictures of their images."""
+    every = max(1, len(report.conversations) // _NUM_SHOWN)
+    rows = list(zip(report.conversations, report.answers, report.correct, strict=True))[::every][:_NUM_SHOWN]
+    return [
+        {
+            "question": question_of(conversation),
+            "reference": reference_of(conversation),
+            "answer": answer,
+            "correct": right,
+            "kind": conversation.kind,
+            "images": _thumbnails(conversation),
+        }
+        for conversation, answer, right in rows
+    ]
+
+
+def _thumbnails(conversation: Conversation) -> list[str]:
+    """The images of a conversation as base64 PNG files of at most 160 pixels a side."""
+    encoded = []
+    for image in (image for message in conversation.messages for image in message.images):
+        picture = image.load()
+        picture.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        encoded.append(base64.b64encode(buffer.getvalue()).decode())
+    return encoded
