@@ -21,7 +21,7 @@ from common import table, write_result
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from ostro.demo.fashion import GROUPS, KINDS, NAMES, PLACES, photos, prepare_fashion
+from ostro.demo.fashion import BACKGROUND, GROUPS, KINDS, NAMES, PLACES, photos, prepare_fashion
 
 # Place of the photo next to each place, by the words of a relation question.
 _NEIGHBOURS = {
@@ -66,10 +66,10 @@ def fit_pixels() -> Callable[[str, Path], str]:
     """Answers by rules from the class probabilities that a logistic regression gives each photo of a scene."""
     stack = photos("train")
     classes = numpy.arange(len(stack)) * len(NAMES) // len(stack)
-    classifier = LogisticRegression(C=0.02, max_iter=_MAX_ITERATIONS).fit(_features(stack), classes)
+    classifier = LogisticRegression(C=0.02, max_iter=_MAX_ITERATIONS).fit(_features(stack / 255.0), classes)
 
     def answer(question: str, image: Path) -> str:
-        scene = numpy.asarray(Image.open(image))[::2, ::2]
+        scene = (numpy.asarray(Image.open(image))[::2, ::2] - float(BACKGROUND)) / (255 - BACKGROUND)
         quarters = numpy.stack([part for half in numpy.split(scene, 2) for part in numpy.split(half, 2, axis=1)])
         return answer_by_rules(question, classifier.predict_proba(_features(quarters)))
 
@@ -77,7 +77,7 @@ def fit_pixels() -> Callable[[str, Path], str]:
 
 
 def _features(stack: numpy.ndarray) -> numpy.ndarray:
-    return stack.reshape(len(stack), -1) / 255.0
+    return stack.reshape(len(stack), -1)
 
 
 def answer_by_rules(question: str, probabilities: numpy.ndarray) -> str:

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, zeros
+from torch.distributed.tensor import DTensor, Shard, zeros
 
 from ostro.checkpoint import reader as reader_module
 from ostro.checkpoint.load import load_vlm
 from ostro.checkpoint.reader import Fp8StorageReader
 from ostro.models.fp8_adapter import Mistral3FP8StateDictAdapter
+from ostro.parallel.apply import shard_parameters
 from tests.helpers.fp8_folder import write_fp8_folder
 from tests.helpers.native_folder import write_native_folder
 from tests.helpers.ranks import RankPool
@@ -110,3 +111,42 @@ def test_columns_are_cut_from_whole_rows(ranks: RankPool, tmp_path: Path, scale_
         assert len(result) > 20
         for name, weight in result.items():
             assert torch.equal(weight, expected[name]), name
+
+
+def _gradients(group: dist.ProcessGroup | None, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    mesh = init_device_mesh("cpu", (group.size(),)) if group else None
+    model = load_vlm(folder, mesh=mesh, dtype=torch.float32).train()
+    loss = model(input_ids=INPUT_IDS, labels=INPUT_IDS).loss
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return loss.item(), {
+        name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        for name, gradient in gradients.items()
+    }
+
+
+def test_gradients_of_a_split_model_are_those_of_the_whole(ranks: RankPool, tmp_path: Path) -> None:
+    write_fp8_folder(tmp_path, config=vlm_config(intermediate_size=5))
+    loss, expected = _gradients(None, tmp_path)
+    for rank_loss, gradients in ranks.run(_gradients, tmp_path, world_size=4):
+        assert rank_loss == pytest.approx(loss, rel=1e-6)
+        for name, gradient in expected.items():
+            # the mean over four ranks of the same gradient: float32 sums
+            torch.testing.assert_close(
+                gradients[name], gradient, rtol=0, atol=1e-6 * gradient.abs().max().item() + 1e-12
+            )
+
+
+def _refused(group: dist.ProcessGroup) -> list[str]:
+    messages = []
+    for module, shape in ((torch.nn.Linear(2, 2), (2,)), (torch.nn.Linear(2, 2), (1, 2))):
+        with pytest.raises(ValueError) as caught:
+            shard_parameters(module, init_device_mesh("cpu", shape))
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_what_cannot_be_split_is_named(ranks: RankPool) -> None:
+    for no_layer, two_axes in ranks.run(_refused):
+        assert no_layer == "Linear: has no layer of transformers"
+        assert two_axes.startswith("mesh: must have one axis, got 2")

@@ -44,7 +44,7 @@ from ostro.models.fp8_adapter import match_keys, to_runtime_rows
 
 _DTYPES = {"F8_E4M3": FP8_DTYPE, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _FP8_NAME = "F8_E4M3"
-_FP8_LARGEST, _FP8_NAN = 448.0, 0x7F
+_FP8_LARGEST = 448.0
 # Bytes read at once: few enough to stay in the cache of a core, or enough to keep the link to a device busy.
 _CPU_PIECE_BYTES, _DEVICE_PIECE_BYTES = 1 << 21, 1 << 25
 
@@ -296,7 +296,8 @@ def _check_finite(raw: torch.Tensor, stored: StoredTensor, begin: int) -> None:
     if not raw.numel():
         return
     if raw.dtype == FP8_DTYPE:
-        is_finite = int((raw.view(torch.uint8) & _FP8_NAN).amax()) != _FP8_NAN
+        # 0x7f and 0xff, each the largest byte in one reading
+        is_finite = int(raw.view(torch.int8).amax()) != 0x7F and int(raw.view(torch.uint8).amax()) != 0xFF
     else:
         is_finite = all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(raw))  # nan passes through
     if not is_finite:

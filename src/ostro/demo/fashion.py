@@ -39,12 +39,20 @@ GROUPS = {"tops": (0, 2, 4, 6), "footwear": (5, 7, 9)}
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 """Places of the four photos, in the order of reading."""
 
+BACKGROUND = 116
+"""Grey that black photo pixels become in a scene, white staying white. It is about the mean that image processors
+subtract: a patch that shows nothing is then near zero, not the same large vector as all others."""
+
 NUM_ROWS = {"train": 12_000, "dev": 400, "test": 1_600}
 """Rows by split; each has a scene of its own."""
 
 _LICENSE = "LICENSE-FASHION-MNIST.txt"
 _PHOTO_PIXELS = 28
 _MOSAIC_COLUMNS = 40
+# Classes that the photos of a training scene are drawn from. With one class, an answer tells the class of every photo;
+# with two, that of half of them: what a photo shows is learnt before the model knows where to look. Scenes of all
+# classes alone, as in evaluation, keep it guessing for hundreds of steps.
+_TRAIN_VARIETIES = (1, 2, len(NAMES), len(NAMES))
 # What a training conversation asks beside the four names; a question drawn twice is asked once.
 _OTHER_DRAWS = ("count", "exist", "relation")
 # A photo of a scene is 56 pixels wide: four patches of 14, or two image tokens of 2 x 2 patches.
@@ -156,9 +164,10 @@ def _draw_row(split: str, kind: str | None, draw: random.Random) -> tuple[numpy.
     """A scene `[112, 112]` uint8 and its questions: a whole conversation, or one of `kind`."""
     stack = photos(split)
     while True:
-        numbers = [draw.randrange(len(stack)) for _ in PLACES]
-        classes = [number * len(NAMES) // len(stack) for number in numbers]
-        pictures = [stack[number] for number in numbers]
+        variety = len(NAMES) if kind else draw.choice(_TRAIN_VARIETIES)
+        palette = draw.sample(range(len(NAMES)), variety)
+        classes = [draw.choice(palette) for _ in PLACES]
+        pictures = [stack[_draw_photo(number, len(stack), draw)] for number in classes]
         if kind is None:
             return _scene([_shift(picture, draw) for picture in pictures]), _conversation(classes, draw)
         question = ask(kind, classes, draw)
@@ -166,9 +175,17 @@ def _draw_row(split: str, kind: str | None, draw: random.Random) -> tuple[numpy.
             return _scene(pictures), [question]
 
 
+def _draw_photo(number: int, num_photos: int, draw: random.Random) -> int:
+    """The number of a photo of class `number`, where all classes have as many and follow each other."""
+    per_class = num_photos // len(NAMES)
+    return number * per_class + draw.randrange(per_class)
+
+
 def _conversation(classes: Sequence[int], draw: random.Random) -> list[Question]:
     """Different questions about one scene, in random order."""
-    asked = [_ask_name(place, classes) for place in range(len(PLACES))]
+    # of four equal photos one name is asked: the other answers could be copied from it
+    places = range(len(PLACES)) if len(set(classes)) > 1 else [draw.randrange(len(PLACES))]
+    asked = [_ask_name(place, classes) for place in places]
     asked += [question for kind in _OTHER_DRAWS if (question := ask(kind, classes, draw)) is not None]
     questions = list({question.text: question for question in asked}.values())
     draw.shuffle(questions)
@@ -176,7 +193,9 @@ def _conversation(classes: Sequence[int], draw: random.Random) -> list[Question]
 
 
 def _scene(pictures: Sequence[numpy.ndarray]) -> numpy.ndarray:
-    square = numpy.block([list(pictures[:2]), list(pictures[2:])])
+    """Four photos as one picture on grey."""
+    square = numpy.block([list(pictures[:2]), list(pictures[2:])]).astype(numpy.uint16)
+    square = (BACKGROUND + square * (255 - BACKGROUND) // 255).astype(numpy.uint8)
     # repeated, not interpolated: the same on every machine, and no pixel that the photos do not have
     return square.repeat(_ENLARGEMENT, axis=0).repeat(_ENLARGEMENT, axis=1)
 
