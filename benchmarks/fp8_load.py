@@ -2,8 +2,9 @@
 
 A random vision-language model of 1.7 G parameters (1.9 GB on disk, FP8 text linears, tied head) is loaded with a cold
 page cache, each case in processes of its own with one thread each. Memory is the growth of resident memory over the
-state before the load, sampled every 2 ms by a thread whose own CPU time is taken off; bytes are `read_bytes` of `/proc/self/io`. The cases with one rank
-"per node" run rank 0 alone, in a fake process group, so that no other rank fills the page cache for it.
+state before the load, sampled every 2 ms by a thread whose own CPU time is taken off; bytes are `read_bytes` of
+`/proc/self/io`. The cases with one rank "per node" run rank 0 alone, in a fake process group, so that no other rank
+fills the page cache for it.
 """
 
 from __future__ import annotations

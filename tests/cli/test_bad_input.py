@@ -141,7 +141,7 @@ def test_fewer_documents_than_k(ostro: Command, recipe_file: Path, inputs: Path)
     [
         ("train.num_steps=many", 'train.num_steps: must be an integer, got "many"'),
         ("loss.symmetric=1", "loss.symmetric: must be true or false, got 1"),
-        ("data.train=corpus", 'data.train: must be a list, got "corpus"'),
+        ("data.train=3", "data.train: must be a list, got 3"),
         ("data.prompts.query=3", "data.prompts.query: must be text, got 3"),
         ("schedule=cosine", 'schedule: must be a block with keys, got "cosine"'),
     ],

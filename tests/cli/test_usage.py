@@ -77,7 +77,7 @@ def test_the_reference_page_shows_every_command_and_option(ostro: Command) -> No
         (["encode", "x", "--num-dims", "0"], "Invalid value for '--num-dims'"),
         (["encode", "x", "--output", "no/such/folder.npy"], "Invalid value for --output: no/such: no such folder"),
         (["encode", "x", "--colour"], "No such option: --colour"),
-        (["init", "x", "--size", "huge"], "size: must be one of tiny, small, 3b; got 'huge'"),
+        (["init", "x", "--size", "huge"], "size: must be one of tiny, scenes, small, 3b; got 'huge'"),
         (["recipes", "show", "none"], "none: neither a file nor a shipped recipe"),
     ],
 )

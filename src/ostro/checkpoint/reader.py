@@ -222,11 +222,13 @@ class Fp8StorageReader(StorageReader):
         # straight into the parameter, where bytes stay as they are
         is_copy = on_cpu and unit == 1 and dtype == target.dtype and target.shape[1:] == row_shape
         is_copy = is_copy and target.is_contiguous()
+        if not is_copy:
+            staging = torch.empty(min(step, -(-(count + unit) // unit) * unit), *row_shape, dtype=dtype)
         for begin in range(first // unit * unit, first + count, step):
             end = min(begin + step, -(-(first + count) // unit) * unit)
             low, high = max(begin, first), min(end, first + count)
             part = target[low - first : high - first]
-            raw = part if is_copy else torch.empty(end - begin, *row_shape, dtype=dtype)
+            raw = part if is_copy else staging[: end - begin]
             _fill(descriptor, raw, stored, stored.begin + begin * row_bytes)
             _check_finite(raw, stored, begin)
             if is_copy:

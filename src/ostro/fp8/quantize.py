@@ -247,6 +247,8 @@ def _look_up(weight: torch.Tensor, scale: torch.Tensor, result: torch.Tensor) ->
         every_pair = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.uint8)
         table = table.index_select(0, every_pair.int()).view(pair)
         codes, values = codes.view(torch.uint16), values.view(pair)
+    indices = torch.empty(min(_LOOK_UPS, codes.numel()), dtype=torch.int32)
     for codes_chunk, values_chunk in zip(codes.split(_LOOK_UPS), values.split(_LOOK_UPS), strict=True):
-        torch.index_select(table, 0, codes_chunk.int(), out=values_chunk)
+        chunk = indices[: codes_chunk.numel()].copy_(codes_chunk)
+        torch.index_select(table, 0, chunk, out=values_chunk)
     return result

@@ -99,7 +99,7 @@ def _fill_up(packed: PackedTexts) -> PackedTexts:
     its gradients) and keeps the last 1024: with as many shapes as batches, that was the larger part of a step's memory.
     """
     num_tokens = packed.num_tokens
-    step = max(8, 1 << (num_tokens.bit_length() - 5))
+    step = max(8, 1 << max(num_tokens.bit_length() - 5, 0))
     missing = -num_tokens % step
     if not missing:
         return packed
