@@ -8,7 +8,7 @@ from ostro.checkpoint.report import FolderReport
 from ostro.retrieval.report import RetrievalReport
 from ostro.train.table import metric_table
 
-_MIB = 2**20
+_MIB, _GIB = 2**20, 2**30
 
 
 def show_reports(reports: Mapping[str, RetrievalReport]) -> None:
@@ -47,6 +47,14 @@ def _folder_rows(report: FolderReport) -> Iterator[tuple[str, str]]:
     for dtype, count in report.num_tensors.items():
         yield dtype, f"{count} tensors, {report.num_bytes[dtype] / _MIB:,.1f} MiB"
     yield "files", str(report.num_files)
+    memory = report.memory
+    needs = {
+        "frozen, BF16": memory.bfloat16_bytes,
+        "frozen, FP8 as stored": memory.fp8_bytes,
+        "all trained with float32 masters": memory.bfloat16_bytes + memory.full_float32_bytes,
+    }
+    shown = (f"{name} {_size(num_bytes)}" for name, num_bytes in needs.items())
+    yield "memory", f"{'; '.join(shown)}; over all ranks, before activations"
     fp8 = report.fp8
     if fp8.num_weights:
         scales = f"{fp8.num_scales} scales ({', '.join(fp8.scale_dtypes) or 'none'})"
@@ -70,3 +78,7 @@ def _folder_rows(report: FolderReport) -> Iterator[tuple[str, str]]:
     tokenizer = report.tokenizer
     ids = "" if tokenizer.vocab_size is None else f", {tokenizer.vocab_size:,} ids"
     yield "tokenizer", f"{', '.join(tokenizer.files) or 'none'}{ids}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:,.1f} GiB" if num_bytes >= _GIB else f"{num_bytes / _MIB:,.1f} MiB"

@@ -129,7 +129,9 @@ def test_train_export_inspect(ostro: Command, weights: Path, corpus: Path, tmp_p
         Encoder.from_pretrained(folder).encode(TEXTS) for folder in (tmp_path / "run/weights", tmp_path / "exported")
     )
     numpy.testing.assert_array_equal(own.numpy(), exported.numpy())
-    assert "attention        bidirectional" in ostro("inspect", tmp_path / "exported").out
+    told = ostro("inspect", tmp_path / "exported").out
+    assert "attention        bidirectional" in told
+    assert re.search(r"memory +frozen, BF16 \d+\.\d MiB; .*; over all ranks, before activations", told)
 
 
 def copy(source: Path, target: Path) -> None:

@@ -43,7 +43,7 @@ BACKGROUND = 116
 """Grey that black photo pixels become in a scene, white staying white. It is about the mean that image processors
 subtract: a patch that shows nothing is then near zero, not the same large vector as all others."""
 
-NUM_ROWS = {"train": 12_000, "dev": 400, "test": 1_600}
+NUM_ROWS = {"train": 30_000, "dev": 400, "test": 1_600}
 """Rows by split; each has a scene of its own."""
 
 _LICENSE = "LICENSE-FASHION-MNIST.txt"
@@ -74,7 +74,7 @@ class Question:
 
 
 def prepare_fashion(folder: Path, *, seed: int = 0) -> None:
-    """Writes `train.jsonl` (12,000 conversations), `dev.jsonl` (400 questions), `test.jsonl` (1,600) and `images/`.
+    """Writes `train.jsonl` (24,000 conversations), `dev.jsonl` (400 questions), `test.jsonl` (1,600) and `images/`.
 
     A row has `messages` in OpenAI's form, with the scene as an image path relative to the folder. Dev and test rows
     also have their `kind`; each has a scene of its own, and all kinds are equally frequent. The folder appears whole or

@@ -67,7 +67,7 @@ def right_answer(kind: str, question: str, classes: list[int]) -> str:
 
 
 def test_counts(splits: Splits) -> None:
-    assert {split: len(rows) for split, rows in splits.items()} == {"train": 12000, "dev": 400, "test": 1600}
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 30000, "dev": 400, "test": 1600}
     assert Counter(row["kind"] for row in splits["test"]) == dict.fromkeys(KINDS, 400)
     assert Counter(row["kind"] for row in splits["dev"]) == dict.fromkeys(KINDS, 100)
 

@@ -138,6 +138,34 @@ def test_bf16_is_no_further_from_float32_than_the_padded_form(make: Callable[[],
     assert packed_error <= 1.1 * padded_error
 
 
+def test_bf16_gradients_are_no_further_from_float32_than_the_padded_form() -> None:
+    ids = token_ids([70, 70, 50, 7], seed=5)
+    target = torch.randn(197, 32, generator=torch.Generator().manual_seed(3))
+
+    def gradient(model: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
+        model.zero_grad()
+        (states.float() * target).sum().backward()
+        return torch.cat([weight.grad.float().flatten() for weight in model.parameters() if weight.grad is not None])
+
+    truth_model, model = tower(), tower().bfloat16()
+    truth = gradient(truth_model, padded_states(truth_model, ids))
+    padded_error = (gradient(model, padded_states(model, ids)) - truth).norm()
+    use_packed_attention(model)
+    packed_error = (gradient(model, forward_packed(model, PackedTexts.from_token_ids(ids))) - truth).norm()
+    # as above
+    assert packed_error <= 1.1 * padded_error
+
+
+def test_float64_stays_float64() -> None:
+    model = tower().double()
+    ids = token_ids(LENGTHS)
+    expected = padded_states(model, ids)
+    use_packed_attention(model)
+    states = forward_packed(model, PackedTexts.from_token_ids(ids))
+    # norms and cosines of the layers are float32 in transformers; attention must add no error of that size
+    torch.testing.assert_close(states, expected, atol=1e-9, rtol=0)
+
+
 def test_stock_mistral_tower_runs_packed() -> None:
     torch.manual_seed(0)
     shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
