@@ -295,4 +295,5 @@ def _attend_runs(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         outputs.append(output_nhLd.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)[None].to(dtype)
+    joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return joined[None].to(dtype)
