@@ -74,7 +74,7 @@ class Question:
 
 
 def prepare_fashion(folder: Path, *, seed: int = 0) -> None:
-    """Writes `train.jsonl` (24,000 conversations), `dev.jsonl` (400 questions), `test.jsonl` (1,600) and `images/`.
+    """Writes `train.jsonl` (30,000 conversations), `dev.jsonl` (400 questions), `test.jsonl` (1,600) and `images/`.
 
     A row has `messages` in OpenAI's form, with the scene as an image path relative to the folder. Dev and test rows
     also have their `kind`; each has a scene of its own, and all kinds are equally frequent. The folder appears whole or
