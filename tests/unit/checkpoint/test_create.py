@@ -159,7 +159,7 @@ def test_sizes(size: str, num_text: float, vocab_size: int) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"size": "huge"}, r"^size: must be one of tiny, small, 3b; got 'huge'"),
+        ({"size": "huge"}, r"^size: must be one of tiny, scenes, small, 3b; got 'huge'"),
         ({"layout": "native"}, r"^layout: must be one of nested, identity, text-only; got 'native'"),
         ({"precision": "int4"}, r"^precision: must be one of fp8, bf16; got 'int4'"),
         ({"vocab_size": 1000}, r"^vocab_size: "),
