@@ -274,8 +274,16 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object
 def test_a_second_ctrl_c_stops_at_once(
     ostro: Command, recipe_file: Path, tmp_path: Path, whole: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def press_twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        # two signals at once are one to Python: the second is sent when the first was answered
+        while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(1)  # where the interrupt arrives at the latest
+
     with monkeypatch.context() as patch:
-        at_step(patch, 5, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+        at_step(patch, 5, press_twice)
         outcome = ostro("train", recipe_file)
     failed(outcome, 130, f"{tmp_path}/run: interrupted; run the same command again to go on from its last checkpoint")
     assert saved_step(tmp_path / "run") == 4
