@@ -282,6 +282,8 @@ def test_a_second_ctrl_c_stops_at_once(
         signal.raise_signal(signal.SIGINT)
         time.sleep(1)  # where the interrupt arrives at the latest
 
+    # a shell starts background jobs with Ctrl-C ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         at_step(patch, 5, press_twice)
         outcome = ostro("train", recipe_file)
