@@ -13,16 +13,15 @@ which is most of the work and leaves Python's lock free.
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ostro.data.background import BackgroundLoader
 from ostro.data.conversation import ConversationSource
 from ostro.data.conversation_collate import ConversationBatch, collate
 from ostro.data.conversation_options import ConversationDataOptions
@@ -111,7 +110,7 @@ class SamplePlan:
         return order
 
 
-class ConversationLoader(Iterator[ConversationStep]):
+class ConversationLoader(BackgroundLoader[ConversationStep]):
     """Endless steps of one rank, made by a worker thread; a context manager that ends the thread.
 
     Example:
@@ -151,13 +150,12 @@ class ConversationLoader(Iterator[ConversationStep]):
                 f"data.global_batch_samples: must be at least the number of ranks that share it, {world_size}, "
                 f"got {options.global_batch_samples}"
             )
+        super().__init__()
         self._sources, self._encoder, self._options, self._seed = sources, encoder, options, seed
         self._plan = SamplePlan(sources, options, seed=seed)
         self._rank, self._world_size = rank, world_size
         self._num_samples = 0
         self._next_sample = 0
-        self._worker: ThreadPoolExecutor | None = None
-        self._prepared: deque[Future[ConversationStep]] = deque()
 
     @property
     def num_samples_per_epoch(self) -> int:
@@ -184,7 +182,7 @@ class ConversationLoader(Iterator[ConversationStep]):
             self._next_sample = self._num_samples
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="conversation-loader")
         self._submit(self._worker, 1)
-        step = self._prepared[0].result()
+        step: ConversationStep = self._prepared[0].result()
         self._prepared.popleft()
         self._num_samples = step.num_samples
         self._submit(self._worker, _PREPARED_STEPS)
@@ -208,23 +206,6 @@ class ConversationLoader(Iterator[ConversationStep]):
                 )
         self.close()
         self._num_samples = state["num_samples"]
-
-    def close(self) -> None:
-        """Ends the worker thread. Asking for another step starts it again from the same position."""
-        if self._worker is not None:
-            self._worker.shutdown(wait=True, cancel_futures=True)
-        self._worker = None
-        self._prepared.clear()
-
-    def __enter__(self) -> Self:
-        """The loader itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Ends the worker thread."""
-        self.close()
 
     def _submit(self, worker: ThreadPoolExecutor, count: int) -> None:
         while len(self._prepared) < count:

@@ -7,12 +7,11 @@ batch handed out, so what was prepared but not handed out is made again after a 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
+from ostro.data.background import BackgroundLoader
 from ostro.data.options import DataOptions
 from ostro.data.plan import BatchPlan
 from ostro.data.retrieval import RetrievalSource
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 _PREPARED_BATCHES = 4
 
 
-class RetrievalLoader(Iterator[RetrievalBatch]):
+class RetrievalLoader(BackgroundLoader[RetrievalBatch]):
     """Endless batches of one rank, made by a worker thread; a context manager that ends the thread.
 
     Example:
@@ -59,12 +58,11 @@ class RetrievalLoader(Iterator[RetrievalBatch]):
 
         Distributed: no communication. Every rank plans the same global batches and tokenizes its own share.
         """
+        super().__init__()
         self._plan = BatchPlan(sources, options, seed=seed)
         self._tokenizer, self._options = tokenizer, options
         self._rank, self._world_size = rank, world_size
         self._state = self._plan.state_dict()
-        self._worker: ThreadPoolExecutor | None = None
-        self._prepared: deque[Future[tuple[RetrievalBatch, dict[str, Any]]]] = deque()
 
     @property
     def num_batches_per_epoch(self) -> int:
@@ -87,6 +85,7 @@ class RetrievalLoader(Iterator[RetrievalBatch]):
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="retrieval-loader")
         while len(self._prepared) < _PREPARED_BATCHES:
             self._prepared.append(self._worker.submit(self._prepare))
+        batch: RetrievalBatch
         batch, self._state = self._prepared[0].result()
         self._prepared.popleft()
         return batch
@@ -104,23 +103,6 @@ class RetrievalLoader(Iterator[RetrievalBatch]):
         self.close()
         self._plan.load_state_dict(state)
         self._state = self._plan.state_dict()
-
-    def close(self) -> None:
-        """Ends the worker thread. Asking for another batch starts it again from the same position."""
-        if self._worker is not None:
-            self._worker.shutdown(wait=True, cancel_futures=True)
-        self._worker = None
-        self._prepared.clear()
-
-    def __enter__(self) -> Self:
-        """The loader itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Ends the worker thread."""
-        self.close()
 
     def _prepare(self) -> tuple[RetrievalBatch, dict[str, Any]]:
         planned = self._plan.next_batch()

@@ -104,6 +104,26 @@ class JsonLines:
         return self._bytes[start : int(self._ends[line])]
 
 
+def read_json_file(path: Path, expected: str) -> Any:
+    """What a JSON file holds, whatever it is.
+
+    Args:
+        path: A UTF-8 file.
+        expected: What the file should hold, for the message when it is not JSON.
+
+    Raises:
+        DataError: When the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start + 1}); convert the file to UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); {expected}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 class JsonList:
     """The objects of a JSON file that is one list; read whole, so JSONL is the better form for large data."""
 
@@ -117,17 +137,9 @@ class JsonList:
             DataError: When the file cannot be read, is not a JSON list or has no rows.
         """
         self.path = path
-        try:
-            content = json.loads(path.read_bytes().decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 (byte {error.start + 1}); convert the file to UTF-8") from error
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); expected a list of objects; a "
-                "file with one object per line must be named .jsonl"
-            ) from error
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        content = read_json_file(
+            path, "expected a list of objects; a file with one object per line must be named .jsonl"
+        )
         if not isinstance(content, list):
             raise DataError(f"{path}: must be a list of objects, got {type(content).__name__}")
         if not content:

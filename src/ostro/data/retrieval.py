@@ -14,7 +14,6 @@ then be planned on every rank from ids alone.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any, Protocol
 from ostro.data.beir import BeirSplit, is_beir, open_beir
 from ostro.data.corpus import Document, check_text, open_corpus, read_document, read_id
 from ostro.data.options import DataOptions, SourceOptions
-from ostro.data.records import JsonLines, Records, Row, may_be_hub_name, open_hub, open_parquet
+from ostro.data.records import JsonLines, Records, Row, may_be_hub_name, open_hub, open_parquet, read_json_file
 from ostro.errors import DataError
 
 # Names that data sets of the field use for the same column; a row has at most one of each.
@@ -221,17 +220,7 @@ def _detect_format(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start + 1}); convert the file to UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); expected one object with corpus and "
-            "data, for JSON lines set format to inline"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    content = read_json_file(path, "expected one object with corpus and data, for JSON lines set format to inline")
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected an object with corpus and data, got {type(content).__name__}")
     return content
