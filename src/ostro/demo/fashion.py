@@ -53,8 +53,9 @@ _MOSAIC_COLUMNS = 40
 # with two, that of half of them: what a photo shows is learnt before the model knows where to look. Scenes of all
 # classes alone, as in evaluation, keep it guessing for hundreds of steps.
 _TRAIN_VARIETIES = (1, 2, len(NAMES), len(NAMES))
-# What a training conversation asks beside the four names; a question drawn twice is asked once.
-_OTHER_DRAWS = ("count", "exist", "relation")
+_OTHER_KINDS = ("count", "exist", "relation")
+# Share of training conversations that ask for names only.
+_NAMES_ALONE = 0.5
 # A photo of a scene is 56 pixels wide: four patches of 14, or two image tokens of 2 x 2 patches.
 _ENLARGEMENT = 2
 # Largest displacement of a training photo, in its own pixels: one photo is then many.
@@ -182,14 +183,18 @@ def _draw_photo(number: int, num_photos: int, draw: random.Random) -> int:
 
 
 def _conversation(classes: Sequence[int], draw: random.Random) -> list[Question]:
-    """Different questions about one scene, in random order."""
-    # of four equal photos one name is asked: the other answers could be copied from it
-    places = range(len(PLACES)) if len(set(classes)) > 1 else [draw.randrange(len(PLACES))]
-    asked = [_ask_name(place, classes) for place in places]
-    asked += [question for kind in _OTHER_DRAWS if (question := ask(kind, classes, draw)) is not None]
-    questions = list({question.text: question for question in asked}.values())
-    draw.shuffle(questions)
-    return questions
+    """Different questions about one scene: its names, or one of each other kind and then two names.
+
+    What earlier turns have told need not be seen. In this order no answer but a few of `exist` follows from them; in a
+    random one, half of `exist`, a third of `relation` and a fifth of `count` would.
+    """
+    names = [_ask_name(place, classes) for place in draw.sample(range(len(PLACES)), len(PLACES))]
+    kinds = draw.sample(_OTHER_KINDS, len(_OTHER_KINDS))
+    others = [question for kind in kinds if (question := ask(kind, classes, draw)) is not None]
+    by_name = draw.random() < _NAMES_ALONE
+    if len(set(classes)) == 1:
+        return names[:1] if by_name else others
+    return names if by_name else others + names[:2]
 
 
 def _scene(pictures: Sequence[numpy.ndarray]) -> numpy.ndarray:

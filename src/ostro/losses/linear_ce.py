@@ -32,6 +32,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from ostro.losses.tiled_head import TiledHead, bfloat16_products
 from ostro.parallel.collectives import gather_counts
@@ -299,12 +300,16 @@ def _loss_and_gradients(
     if task.needs_weight:
         weight_grad = torch.zeros_like(weight_VH, dtype=head.sum_dtype)
     loss = hidden_TH.new_zeros((), dtype=head.sum_dtype)
-    memory = loss.new_empty(min(task.chunk_rows, num_kept) * len(weight_VH))
+    memory = loss.new_empty(head.round_rows(min(task.chunk_rows, num_kept)) * len(weight_VH))
     for start in range(0, num_kept, task.chunk_rows):
         chunk = slice(start, start + task.chunk_rows)
-        hidden_RH, labels_R = head.operand(hidden_TH[task.kept[chunk]]), task.labels[chunk]
+        num_rows = len(task.kept[chunk])
+        missing = head.round_rows(num_rows) - num_rows
+        # rows of zeros without a label: they add nothing to the gradient of the head, and their loss is left out
+        hidden_RH = F.pad(head.operand(hidden_TH[task.kept[chunk]]), (0, 0, 0, missing))
+        labels_R = F.pad(task.labels[chunk], (0, missing), value=-1)
         tiles, log_sum_R, target_R = _first_walk(head, hidden_RH, labels_R, memory, task.group)
-        loss += (log_sum_R - target_R).sum() / task.num_tokens
+        loss += (log_sum_R - target_R)[:num_rows].sum() / task.num_tokens
         if hidden_grad is None and weight_grad is None:
             continue
         grad_RH = None if hidden_grad is None else torch.zeros_like(hidden_RH, dtype=head.sum_dtype)
@@ -315,7 +320,7 @@ def _loss_and_gradients(
             if weight_grad is not None:
                 head.add_product(weight_grad[tile.start : tile.end], error_RK.T, hidden_RH)
         if hidden_grad is not None and grad_RH is not None:
-            hidden_grad[chunk] = grad_RH.div_(task.num_tokens)
+            hidden_grad[chunk] = grad_RH[:num_rows].div_(task.num_tokens)
     if task.group is not None and hidden_grad is not None and num_kept:
         dist.all_reduce(hidden_grad, group=task.group)
     return loss, hidden_grad, weight_grad

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ostro.models.cpu_linear import round_rows
+
 # A tile of the head as float32 takes 16 MiB, whatever the hidden size: the fastest of 16, 32 and 64.
 _TILE_ELEMENTS = 2**22
 
@@ -42,6 +44,10 @@ class TiledHead:
         self._tile_rows = max(_TILE_ELEMENTS // max(weight_VH.shape[1], 1), 1)
         num_rows = 0 if weight_VH.dtype == self.operand_dtype else min(self._tile_rows, len(weight_VH))
         self._memory = weight_VH.new_empty(num_rows, weight_VH.shape[1], dtype=self.operand_dtype)
+
+    def round_rows(self, num_rows: int) -> int:
+        """The rows that the left operand of a product should be filled up to, see `cpu_linear.round_rows`."""
+        return round_rows(num_rows) if self.operand_dtype != self._compute_dtype else num_rows
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """First row of each tile, and the one after its last.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ostro.models.cpu_linear import onednn_is_faster, use_onednn
-from ostro.models.packed import PackedTexts, forward_packed, use_packed_attention
+from ostro.models.packed import PackedTexts, fill_up, forward_packed, use_packed_attention
 from ostro.models.pooling import pool, pool_packed
 
 SINGLE_VECTOR_POOLING = ("avg", "mean", "weighted_avg", "cls", "last")
@@ -69,7 +69,7 @@ class Embedder(torch.nn.Module):
         """
         filled = packed.to(self.device)
         if self.device.type == "cpu" and self.backbone.dtype != torch.float32:
-            filled = _fill_up(filled)
+            filled = fill_up(filled)
         hidden_states = forward_packed(self.backbone, filled)[: packed.num_tokens]
         return self._finish(pool_packed(hidden_states, packed.lengths, self.pooling))
 
@@ -90,17 +90,3 @@ class Embedder(torch.nn.Module):
         # float32: a bf16 vector's norm is off by up to 1/256, which the temperature then magnifies
         vectors = vectors.float()
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
-
-
-def _fill_up(packed: PackedTexts) -> PackedTexts:
-    """The texts and, where T is not a round number, one more that fills it up by at most a sixteenth (or 7 tokens).
-
-    oneDNN compiles a kernel for every number of rows that it meets (about 1.4 ms and 0.4 MiB each, 12 for a layer and
-    its gradients) and keeps the last 1024: with as many shapes as batches, that was the larger part of a step's memory.
-    """
-    num_tokens = packed.num_tokens
-    step = max(8, 1 << max(num_tokens.bit_length() - 5, 0))
-    missing = -num_tokens % step
-    if not missing:
-        return packed
-    return PackedTexts(F.pad(packed.input_ids, (0, missing)), (*packed.lengths, missing))

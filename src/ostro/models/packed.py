@@ -30,6 +30,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from ostro.models.cpu_linear import round_rows
+
 PACKED_ATTENTION = "ostro_packed"
 
 PACKED_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="cpu")
@@ -105,6 +107,18 @@ def packed_offsets(lengths: Sequence[int]) -> torch.Tensor:
         lengths: Tokens of each text.
     """
     return torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
+
+
+def fill_up(packed: PackedTexts) -> PackedTexts:
+    """The texts and, where T is not a round number of rows, one more that fills it up.
+
+    Args:
+        packed: Texts for a model that computes in low precision on the CPU; see `cpu_linear.round_rows`.
+    """
+    missing = round_rows(packed.num_tokens) - packed.num_tokens
+    if not missing:
+        return packed
+    return PackedTexts(F.pad(packed.input_ids, (0, missing)), (*packed.lengths, missing))
 
 
 def micro_batches(lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from ostro.data.conversation_collate import ConversationBatch, collate
 from ostro.data.conversation_tokens import EncodedConversation
 from ostro.losses.linear_ce import FusedLinearCrossEntropy, get_final_hidden_states
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
-from ostro.models.packed import micro_batches
+from ostro.models.packed import PackedTexts, fill_up, micro_batches
 
 _LOSS = FusedLinearCrossEntropy()
 
@@ -33,16 +33,19 @@ def packed_loss(
     Returns:
         0-d float32, with gradient where it is enabled.
     """
+    texts = PackedTexts(batch.input_ids, batch.lengths)
+    if texts.input_ids.device.type == "cpu" and model.dtype != torch.float32:
+        texts = fill_up(texts)
     output = model(
-        input_ids=batch.input_ids[None],
+        input_ids=texts.input_ids[None],
         pixel_values=batch.pixel_values,
         image_sizes=batch.image_sizes,
         output_hidden_states=True,
         logits_to_keep=1,
-        packed_lengths=batch.lengths,
-        packed_offsets=batch.cu_seqlens(),
+        packed_lengths=texts.lengths,
+        packed_offsets=texts.cu_seqlens(),
     )
-    hidden_states = get_final_hidden_states(output)[0]
+    hidden_states = get_final_hidden_states(output)[0, : batch.num_tokens]
     loss: torch.Tensor = _LOSS(hidden_states, model.lm_head.weight, batch.labels, num_supervised)
     return loss
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ostro.models import embedder as embedder_module
 from ostro.models.embedder import SINGLE_VECTOR_POOLING, Embedder
-from ostro.models.packed import PackedTexts
+from ostro.models.packed import PackedTexts, fill_up
 from tests.helpers.tiny import padded, token_ids
 from tests.unit.models.test_packed import LENGTHS, tower
 
@@ -40,7 +39,7 @@ def test_many_vectors_per_text_are_refused() -> None:
 @pytest.mark.parametrize("num_tokens", [1, 8, 9, 100, 1003, 2048, 2049])
 def test_low_precision_batches_are_filled_up_to_few_sizes(num_tokens: int) -> None:
     packed = PackedTexts.from_token_ids([[20] * num_tokens])
-    filled = embedder_module._fill_up(packed)
+    filled = fill_up(packed)
     missing = filled.num_tokens - num_tokens
     assert sum(filled.lengths) == filled.num_tokens
     assert filled.num_tokens % 8 == 0
@@ -49,7 +48,7 @@ def test_low_precision_batches_are_filled_up_to_few_sizes(num_tokens: int) -> No
 
 
 def test_number_of_sizes_is_small() -> None:
-    sizes = {embedder_module._fill_up(PackedTexts.from_token_ids([[20] * n])).num_tokens for n in range(1024, 2049)}
+    sizes = {fill_up(PackedTexts.from_token_ids([[20] * n])).num_tokens for n in range(1024, 2049)}
     assert len(sizes) == 17
 
 
