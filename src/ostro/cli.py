@@ -23,7 +23,7 @@ import typer
 
 from ostro import __version__
 from ostro.checkpoint.presets import LAYOUT_NAMES, PRECISIONS, SIZES
-from ostro.errors import DataError, OstroError
+from ostro.errors import DataError, OstroError, RecipeError, ToldElsewhere
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -109,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             traceback.print_exception(error)
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        print(f"error: {message}", file=sys.stderr)
+        if not isinstance(error, ToldElsewhere):
+            print(f"error: {message}", file=sys.stderr)
         code = 1 if isinstance(error, OSError) else error.exit_code
     finally:
         logger.removeHandler(handler)
@@ -129,25 +130,35 @@ def train(
     from ostro.config import load_recipe
     from ostro.train.recipe import KINDS
 
-    loaded = load_recipe(recipe, overrides or [], KINDS)
+    try:
+        loaded = load_recipe(recipe, overrides or [], KINDS)
+    except RecipeError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # every process of a machine reads the same
+            raise ToldElsewhere(str(error)) from error
+        raise
 
     from rich.console import Console
 
     from ostro.train import runtime
     from ostro.train.prepare import prepare_inputs
+    from ostro.train.ranks import started_ranks
     from ostro.train.recipe import EmbedRecipe
 
     try:
-        prepare_inputs(loaded, Console())
-        # each loop is imported alone: the other one's packages may not be installed, and its import takes a second
-        if isinstance(loaded, EmbedRecipe):
-            from ostro.train import embed
+        with started_ranks() as ranks:
+            console = Console(quiet=not ranks.is_main)
+            if not ranks.is_main:
+                logging.getLogger("ostro").setLevel(logging.CRITICAL)
+            ranks.on_main(lambda: prepare_inputs(loaded, console))
+            # each loop is imported alone: the other one's packages may not be installed, and its import takes a second
+            if isinstance(loaded, EmbedRecipe):
+                from ostro.train import embed
 
-            embed.run(loaded, console=Console())
-        else:
-            from ostro.train import vlm
+                embed.run(loaded, console=console)
+            else:
+                from ostro.train import vlm
 
-            vlm.run(loaded, console=Console())
+                vlm.run(loaded, console=console)
     except KeyboardInterrupt as error:
         message = f"{loaded.output}: interrupted; run the same command again to go on from its last checkpoint"
         raise runtime.Stopped(message, signal.SIGINT) from error

@@ -35,6 +35,10 @@ class CheckpointError(OstroError):
     """Weights or train state that cannot be read or written."""
 
 
+class ToldElsewhere(OstroError):
+    """Another rank failed and tells why; this one ends without a word."""
+
+
 def missing_extra(extra: str, package: str) -> OstroError:
     """The error for a feature whose optional package is not installed.
 

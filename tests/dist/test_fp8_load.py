@@ -139,7 +139,7 @@ def test_gradients_of_a_split_model_are_those_of_the_whole(ranks: RankPool, tmp_
 
 def _refused(group: dist.ProcessGroup) -> list[str]:
     messages = []
-    for module, shape in ((torch.nn.Linear(2, 2), (2,)), (torch.nn.Linear(2, 2), (1, 2))):
+    for module, shape in ((torch.nn.Linear(2, 2), (2,)), (torch.nn.Linear(2, 2), (1, 1, 2))):
         with pytest.raises(ValueError) as caught:
             shard_parameters(module, init_device_mesh("cpu", shape))
         messages.append(str(caught.value))
@@ -147,6 +147,6 @@ def _refused(group: dist.ProcessGroup) -> list[str]:
 
 
 def test_what_cannot_be_split_is_named(ranks: RankPool) -> None:
-    for no_layer, two_axes in ranks.run(_refused):
+    for no_layer, three_axes in ranks.run(_refused):
         assert no_layer == "Linear: has no layer of transformers"
-        assert two_axes.startswith("mesh: must have one axis, got 2")
+        assert three_axes.startswith("mesh: must have one or two axes, got 3")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -54,7 +55,13 @@ class _Plain:
 
 
 def save_train_state(
-    folder: Path, step: int, state: Mapping[str, Any], *, keep_last: int, keep: Collection[int] = ()
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    *,
+    keep_last: int,
+    keep: Collection[int] = (),
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Writes a checkpoint and drops old ones; whatever goes wrong, the earlier checkpoints stay loadable.
 
@@ -64,6 +71,7 @@ def save_train_state(
         state: Nested mappings of tensors and plain (picklable) values; a tensor's dotted path is its name in the files.
         keep_last: Checkpoints to keep, this one included, >= 1.
         keep: Steps whose checkpoints are kept besides.
+        group: Ranks that write it together, after one of them has called `prepare_folder`; None for one process.
 
     Returns:
         The checkpoint, `folder/step-00000100`.
@@ -72,17 +80,23 @@ def save_train_state(
         CheckpointError: When it cannot be written, for want of space or rights.
         ValueError: When `step` or `keep_last` is out of range, or two tensors have the same dotted path.
         TypeError: When a list or tuple in the state holds a tensor.
+
+    Distributed: with `group`, every rank calls it and writes its part of the split tensors; rank 0 writes the rest, and
+        publishes when all parts are there. What fails before that fails on every rank.
     """
     if step < 0 or keep_last < 1:
         raise ValueError(f"step must be >= 0 and keep_last >= 1, got {step} and {keep_last}")
     plain, tensors = _split(state)
-    path = folder / f"step-{step:08d}"
+    path = train_state_path(folder, step)
     partial = path.with_name(path.name + _TMP)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
+        if group is None:
+            prepare_folder(folder)
         with _single_process():
-            save({**tensors, _PLAIN: _Plain(plain)}, checkpoint_id=partial)
+            entries = {**tensors, _PLAIN: _Plain(plain)}
+            save(entries, checkpoint_id=partial, process_group=group, no_dist=group is None)
+        if group is not None and group.rank() > 0:
+            return path
         _write_file(partial / _MANIFEST, json.dumps({file.name: file.stat().st_size for file in partial.iterdir()}))
         _flush_folder(partial)
         if path.exists():  # torn, or of a run that started again further back
@@ -93,13 +107,34 @@ def save_train_state(
         _flush_folder(folder)
     except (CheckpointException, OSError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = _reason(error)
-        raise CheckpointError(
-            f"{path}: cannot be written ({reason}); free some space or mend the rights and start again: "
-            "the run goes on from the checkpoint before, which is intact"
-        ) from error
+        raise _not_written(path, error) from error
     _drop_old(folder, path, keep_last, keep)
     return path
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes the folder of the checkpoints where it is missing, and removes what a kill left in it.
+
+    Raises:
+        CheckpointError: When it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+    except OSError as error:
+        raise _not_written(folder, error) from error
+
+
+def _not_written(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be written ({_reason(error)}); free some space or mend the rights and start again: "
+        "the run goes on from the checkpoint before, which is intact"
+    )
+
+
+def train_state_path(folder: Path, step: int) -> Path:
+    """Where `save_train_state` writes the checkpoint of a step."""
+    return folder / f"step-{step:08d}"
 
 
 def latest_train_state(folder: Path) -> Path | None:
@@ -163,7 +198,7 @@ def load_train_state(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
 def _load(path: Path, entries: dict[str, Any]) -> dict[str, Any]:
     if entries:
         with _single_process():
-            load(entries, checkpoint_id=path)
+            load(entries, checkpoint_id=path, no_dist=True)
     return entries
 
 
@@ -228,7 +263,7 @@ def _join(plain: Mapping[Any, Any], tensors: Mapping[str, torch.Tensor]) -> dict
 
 @contextmanager
 def _single_process() -> Iterator[None]:
-    """torch warns that without a process group it takes this to be one process, which it is."""
+    """torch warns that it takes this to be one process, which it is: one rank writes, and each reads on its own."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
         yield

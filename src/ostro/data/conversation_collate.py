@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ostro.data.conversation_tokens import EncodedConversation
-from ostro.data.images import Pixels, normalize
+from ostro.data.conversation_tokens import NOTHING, EncodedConversation
+from ostro.data.images import ImageTokens, Pixels, normalize
 from ostro.models.packed import PackedTexts
 
 
@@ -91,6 +91,37 @@ def collate(conversations: Sequence[EncodedConversation]) -> ConversationBatch:
         image_sizes=image_sizes,
         num_supervised=sum(item.num_supervised for item in conversations),
         kinds=tuple(item.kind for item in conversations),
+    )
+
+
+def blank_batch(image_tokens: ImageTokens | None) -> ConversationBatch:
+    """A batch that trains on nothing: one conversation without a label, with one merged patch of zeros as its image.
+
+    Args:
+        image_tokens: Of the model; None for a batch without an image.
+    """
+    side = image_tokens.merged_patch_size if image_tokens else 0
+    ids = image_tokens.token_ids(1, 1) if image_tokens else [0]
+    return ConversationBatch(
+        input_ids=torch.tensor(ids),
+        labels=torch.full((len(ids),), NOTHING),
+        lengths=(len(ids),),
+        pixel_values=torch.zeros(1, 3, side, side) if image_tokens else None,
+        image_sizes=torch.tensor([[side, side]]) if image_tokens else None,
+        num_supervised=0,
+        kinds=(None,),
+    )
+
+
+def with_blank(batch: ConversationBatch, blank: ConversationBatch) -> ConversationBatch:
+    """A batch without images, and after it the conversation of `blank_batch`, which changes no loss and no gradient."""
+    return replace(
+        blank,
+        input_ids=torch.cat((batch.input_ids, blank.input_ids)),
+        labels=torch.cat((batch.labels, blank.labels)),
+        lengths=batch.lengths + blank.lengths,
+        num_supervised=batch.num_supervised,
+        kinds=batch.kinds + blank.kinds,
     )
 
 

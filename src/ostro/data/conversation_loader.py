@@ -26,6 +26,7 @@ from ostro.data.conversation import ConversationSource
 from ostro.data.conversation_collate import ConversationBatch, collate
 from ostro.data.conversation_options import ConversationDataOptions
 from ostro.data.conversation_tokens import ConversationEncoder
+from ostro.data.images import ImageTokens
 from ostro.errors import DataError, RecipeError
 from ostro.models.packed import micro_batches
 
@@ -156,6 +157,11 @@ class ConversationLoader(BackgroundLoader[ConversationStep]):
         self._rank, self._world_size = rank, world_size
         self._num_samples = 0
         self._next_sample = 0
+
+    @property
+    def image_tokens(self) -> ImageTokens:
+        """How the model turns images into tokens."""
+        return self._encoder.image_tokens
 
     @property
     def num_samples_per_epoch(self) -> int:

@@ -17,6 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+# 128 MiB of float32: large enough that the links are full, small beside the gradients themselves.
+_BUCKET_ENTRIES = 2**25
+
 
 def gather_counts(counts: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> list[list[int]]:
     """Tells every rank the counts of every rank.
@@ -88,3 +91,41 @@ class _AllGatherRows(torch.autograd.Function):
 def _pad_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     """`rows` followed by zero rows up to `num_rows`, contiguous as collectives need."""
     return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, num_rows - rows.shape[0])).contiguous()
+
+
+def sum_gradients(weights: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    """Replaces every gradient by its sum over the ranks.
+
+    A gradient that no rank has stays None, so that an optimizer passes over the weight as in one process; one that only
+    other ranks have counts as zero here.
+
+    Args:
+        weights: The same on every rank, in the same order, all on one device; gradients of one dtype.
+        group: Ranks that take part; None for one process.
+
+    Distributed: one all-reduce of a flag per weight, then one for each bucket of up to 2^25 entries. All ranks end with
+        the same bits.
+    """
+    if group is None or not weights:
+        return
+    present = torch.tensor([weight.grad is not None for weight in weights], dtype=torch.int32, device=weights[0].device)
+    dist.all_reduce(present, op=dist.ReduceOp.MAX, group=group)
+    bucket: list[torch.Tensor] = []
+    for weight, is_present in zip(weights, present.tolist(), strict=True):
+        if not is_present:
+            continue
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        if bucket and sum(map(torch.numel, bucket)) + weight.numel() > _BUCKET_ENTRIES:
+            _sum_in_place(bucket, group)
+            bucket = []
+        bucket.append(weight.grad)
+    if bucket:
+        _sum_in_place(bucket, group)
+
+
+def _sum_in_place(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))

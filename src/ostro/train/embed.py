@@ -6,15 +6,15 @@ the other kind of run to `loop`, `trainer`, `step` and `runtime`. Read `run` fir
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch.distributed.device_mesh import DeviceMesh
 
-from ostro.config import dump_recipe
 from ostro.data.loader import RetrievalLoader
 from ostro.data.retrieval import open_sources
 from ostro.data.retrieval_collate import RetrievalBatch
@@ -25,9 +25,11 @@ from ostro.models.backbone import build_encoder_backbone
 from ostro.models.embedder import Embedder
 from ostro.models.packed import PackedTexts, micro_batches
 from ostro.models.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
-from ostro.parallel.apply import checkpoint_activations
+from ostro.parallel.apply import checkpoint_activations, shard_parameters
+from ostro.parallel.mesh import build_mesh
 from ostro.train import embed_result, runtime
 from ostro.train.loop import run_steps
+from ostro.train.ranks import Ranks
 from ostro.train.recipe import EmbedRecipe
 from ostro.train.step import check_finite
 from ostro.train.trainer import Trainer
@@ -49,15 +51,21 @@ def run(recipe: EmbedRecipe, *, console: Console) -> embed_result.EmbedResult:
         Stopped: When a signal asked for a stop; a checkpoint was written and the message says how to go on.
         OstroError: When a row is wrong, the loss becomes infinite or nan, or a file cannot be read or written; what was
             done until then is in a checkpoint.
+
+    Distributed: every rank calls it; rank 0 alone evaluates, exports and has metrics in its result.
     """
-    folder = Path(recipe.output)
-    embed_result.check_extras(recipe)
-    runtime.set_seeds(recipe.seed)
-    runtime.open_run_folder(folder, dump_recipe(recipe))
-    embedder, tokenizer = build_embedder(recipe)
-    with open_loader(recipe, tokenizer) as loader, runtime.stop_on_signal() as stop:
-        trainer = EmbedTrainer(recipe, embedder, loader)
-        encoder = embed_result.run_encoder(recipe, embedder, tokenizer)
+    ranks = Ranks.current()
+    with ranks.agreed():
+        embed_result.check_extras(recipe)
+        folder = runtime.open_run(recipe, ranks)
+    mesh = build_mesh(recipe.parallel, ranks.world_size, runtime.select_device().type)
+    with ranks.agreed():
+        whole, tokenizer = build_embedder(recipe)
+        embedder = whole if mesh is None else split_embedder(whole, mesh, keep=ranks.is_main)
+        trainer = EmbedTrainer(recipe, embedder, open_loader(recipe, tokenizer))
+        trainer.whole = whole
+    with trainer.batches, runtime.stop_on_signal() as stop:
+        encoder = embed_result.run_encoder(recipe, whole, tokenizer)
         trainer.resume(folder, console)
         run_steps(
             trainer,
@@ -69,7 +77,9 @@ def run(recipe: EmbedRecipe, *, console: Console) -> embed_result.EmbedResult:
             before=partial(embed_result.evaluate_untrained, recipe, encoder),
             evaluate=partial(embed_result.evaluate_during, recipe.evaluate, encoder) if recipe.evaluate else None,
         )
-    return embed_result.finish(recipe, encoder, trainer.step, console)
+    trainer.gather()
+    result = ranks.on_main(partial(embed_result.finish, recipe, encoder, trainer.step, console))
+    return result or embed_result.EmbedResult(folder, folder / "weights")
 
 
 def build_embedder(recipe: EmbedRecipe) -> tuple[Embedder, TextTokenizer]:
@@ -103,13 +113,27 @@ def build_embedder(recipe: EmbedRecipe) -> tuple[Embedder, TextTokenizer]:
     return embedder.to(runtime.select_device()).train(), tokenizer
 
 
+def split_embedder(embedder: Embedder, mesh: DeviceMesh, *, keep: bool) -> Embedder:
+    """The embedder with float32 weights split over the ranks, computing in the dtype it had; a copy with `keep`."""
+    dtype = embedder.backbone.dtype
+    split = (copy.deepcopy(embedder) if keep else embedder).float()
+    shard_parameters(split.backbone, mesh, compute_dtype=dtype)
+    return split
+
+
 def open_loader(recipe: EmbedRecipe, tokenizer: TextTokenizer) -> RetrievalLoader:
     """The training batches of the recipe, in their seeded order."""
-    return RetrievalLoader(open_sources(recipe.data), tokenizer, recipe.data, seed=recipe.seed)
+    rank, world_size = Ranks.current().place
+    sources = open_sources(recipe.data)
+    return RetrievalLoader(sources, tokenizer, recipe.data, seed=recipe.seed, rank=rank, world_size=world_size)
 
 
 class EmbedTrainer(Trainer):
-    """One optimizer step at a time, from contrastive batches."""
+    """One optimizer step at a time, from contrastive batches.
+
+    Attributes:
+        batches: Training batches.
+    """
 
     def __init__(self, recipe: EmbedRecipe, embedder: Embedder, loader: RetrievalLoader) -> None:
         """Sets up temperature, master weights and optimizer.
@@ -121,7 +145,7 @@ class EmbedTrainer(Trainer):
         """
         self.recipe = recipe
         self._embedder = embedder
-        self._batches = loader
+        self.batches = loader
         self._temperature: LearnedTemperature | None = None
         if recipe.loss.learned_temperature:
             self._temperature = LearnedTemperature(recipe.loss.temperature).to(embedder.device)
@@ -146,32 +170,48 @@ class EmbedTrainer(Trainer):
             OstroError: When a row is wrong, or loss or gradient norm is not finite; `state` is still that before it.
         """
         train = self.recipe.train
-        loss = accuracy = 0.0
-        num_tokens = 0
-        for _ in range(train.accumulation_steps):
-            batch = next(self._batches)
-            output = self._backward(batch)
-            loss += output.loss.item()
-            accuracy += output.accuracy.item() / train.accumulation_steps
-            num_tokens += sum(map(len, batch.token_ids))
+        with self.ranks.agreed():
+            batches = [next(self.batches) for _ in range(train.accumulation_steps)]
+        outputs = [self._backward(batch) for batch in batches]
+        loss, accuracy, num_tokens = self.ranks.sum(
+            [
+                sum(output.loss.item() for output in outputs),
+                sum(output.accuracy.item() for output in outputs) / train.accumulation_steps,
+                sum(len(ids) for batch in batches for ids in batch.token_ids),
+            ]
+        )
         check_finite("loss", loss)
-        row = self.update(num_tokens)
+        row = self.update(int(num_tokens))
         temperature = self._temperature().item() if self._temperature else self.recipe.loss.temperature
-        return {"loss": loss, "accuracy": accuracy, **row, "temperature": temperature, "epoch": batch.epoch}
+        return {"loss": loss, "accuracy": accuracy, **row, "temperature": temperature, "epoch": batches[-1].epoch}
 
     def _backward(self, batch: RetrievalBatch) -> ContrastiveOutput:
-        """Adds the gradient of one contrastive batch, `1 / accumulation_steps` of it, to the master weights."""
+        """Adds the gradient of this rank's share of a contrastive batch, `1 / accumulation_steps` of it, to the master
+        weights."""
         recipe, device = self.recipe, self._embedder.device
-        groups = micro_batches([len(ids) for ids in batch.token_ids], recipe.data.micro_batch_tokens)
-        packed = [PackedTexts.from_token_ids([batch.token_ids[row] for row in rows]) for rows in groups]
+        # a rank without a query in a short batch still takes part in the gathers, with one text that counts for nothing
+        token_ids = batch.token_ids or ([0],)
+        groups = micro_batches([len(ids) for ids in token_ids], recipe.data.micro_batch_tokens)
+        if self.is_split:  # such a text makes up for a micro-batch that only other ranks have, too
+            for _ in range(self.ranks.maximum(len(groups)) - len(groups)):
+                groups.append([len(token_ids)])
+                token_ids = (*token_ids, [0])
+        packed = [PackedTexts.from_token_ids([token_ids[row] for row in rows]) for rows in groups]
         targets = ContrastiveTargets(
             batch.positives.to(device), batch.document_ids.to(device), batch.known_positive_ids.to(device)
         )
 
         def loss_of(embeddings: torch.Tensor) -> ContrastiveOutput:
             temperature = self._temperature() if self._temperature else recipe.loss.temperature
-            queries, documents = embeddings[: batch.num_queries], embeddings[batch.num_queries :]
-            output = contrastive_loss(queries, documents, targets, temperature=temperature, options=recipe.loss)
+            queries, documents = embeddings[: batch.num_queries], embeddings[batch.num_queries : len(batch.token_ids)]
+            output = contrastive_loss(
+                queries,
+                documents,
+                targets,
+                temperature=temperature,
+                options=recipe.loss,
+                group=self.ranks.group,
+            )
             return dataclasses.replace(output, loss=output.loss / recipe.train.accumulation_steps)
 
         return cached_backward(self._embedder, packed, groups, loss_of)

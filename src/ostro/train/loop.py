@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from ostro.errors import OstroError
+from ostro.errors import OstroError, ToldElsewhere
 from ostro.train import metrics, runtime
 from ostro.train.options import TrackOptions, TrainOptions
 from ostro.train.trainer import Trainer
@@ -44,14 +45,17 @@ def run_steps(
     Raises:
         Stopped: When a signal asked for a stop; a checkpoint was written.
         OstroError: When a step or an evaluation failed; what was done until then is in a checkpoint.
+
+    Distributed: rank 0 logs, evaluates and writes while the others wait. All stop after the same step.
     """
-    num_steps = trainer.num_steps
+    num_steps, ranks = trainer.num_steps, trainer.ranks
     with (
-        metrics.open_log(folder, track, resumed_step=trainer.step) as log,
+        metrics.open_log(folder, track, resumed_step=trainer.step, is_main=ranks.is_main) as log,
         metrics.live_line(console, num_steps=num_steps, first_step=trainer.step) as line,
     ):
         if trainer.step == 0:
-            before(log, line)
+            trainer.gather()
+            ranks.on_main(lambda: before(log, line))
         speed = metrics.Throughput(trainer.peak_flops)
         while trainer.step < num_steps:
             try:
@@ -64,14 +68,20 @@ def run_steps(
                     log.row(step, row)
                     line.show(step, row)
                 if evaluate is not None and (last or _due(step, options.evaluate_every)):
-                    evaluate(step, log, line)
+                    trainer.gather()
+                    ranks.on_main(partial(evaluate, step, log, line))
                     speed.restart()
             except (OstroError, OSError, torch.OutOfMemoryError) as error:
+                if ranks.group is not None and isinstance(error, torch.OutOfMemoryError):
+                    # the other ranks do not know, and wait for this one's gradients: a save would wait for them
+                    raise runtime.out_of_memory(error) from error
                 raise runtime.stopped_by(error, trainer.save(folder), trainer.step, num_steps) from error
-            if last or _due(step, options.save_every) or stop.signal_number:
+            number = ranks.maximum(stop.signal_number or 0)
+            if last or _due(step, options.save_every) or number:
                 path = trainer.save(folder)
-            if stop.signal_number:
-                raise runtime.stopped_by(signal.Signals(stop.signal_number), path, step, num_steps)
+            if number:
+                stopped = runtime.stopped_by(signal.Signals(number), path, step, num_steps)
+                raise stopped if ranks.is_main else ToldElsewhere(str(stopped))
 
 
 def _due(step: int, period: int | None) -> bool:

@@ -6,6 +6,7 @@ Every number is written once, here; the report and the plots read the file.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -157,13 +158,14 @@ class RunLog:
 
 
 @contextmanager
-def open_log(folder: Path, options: TrackOptions, *, resumed_step: int) -> Iterator[RunLog]:
+def open_log(folder: Path, options: TrackOptions, *, resumed_step: int, is_main: bool = True) -> Iterator[RunLog]:
     """Opens the run's log while the block lasts.
 
     Args:
         folder: Run folder.
         options: Trackers asked for.
         resumed_step: Step of the checkpoint the run starts from; 0 for a new run.
+        is_main: Whether this rank writes; what the others log is dropped.
 
     Yields:
         The log.
@@ -171,8 +173,8 @@ def open_log(folder: Path, options: TrackOptions, *, resumed_step: int) -> Itera
     Raises:
         OstroError: When a tracker's package is not installed.
     """
-    file = MetricsFile(folder / "metrics.jsonl", resumed_step=resumed_step)
-    log = RunLog(file, open_trackers(options.backends, folder=folder, project=options.project))
+    file = MetricsFile(folder / "metrics.jsonl" if is_main else Path(os.devnull), resumed_step=resumed_step)
+    log = RunLog(file, open_trackers(options.backends if is_main else (), folder=folder, project=options.project))
     try:
         yield log
     finally:

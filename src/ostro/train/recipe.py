@@ -13,6 +13,7 @@ from ostro.config import Options, PathField
 from ostro.data.conversation_options import ConversationDataOptions
 from ostro.data.options import DataOptions
 from ostro.losses.options import ContrastiveOptions
+from ostro.parallel.options import ParallelOptions
 from ostro.retrieval.options import EvaluateOptions
 from ostro.train.options import (
     AnswerOptions,
@@ -70,6 +71,8 @@ class EmbedRecipe(Recipe):
     """Held-out set searched during the run."""
     test: FinalEvaluateOptions | None = None
     """Held-out set searched with the untrained and the final weights, beside BM25."""
+    parallel: ParallelOptions = ParallelOptions()
+    """How the ranks share the work; may change when a run goes on."""
     export: ExportOptions = ExportOptions()
     """The folder written at the end."""
     track: TrackOptions = TrackOptions()
@@ -114,6 +117,8 @@ class VlmRecipe(Recipe):
     """Held-out conversations answered during the run."""
     test: AnswerOptions | None = None
     """Held-out conversations answered with the untrained and the final weights."""
+    parallel: ParallelOptions = ParallelOptions()
+    """How the ranks share the work; may change when a run goes on."""
     export: VlmExportOptions = VlmExportOptions()
     """The folder written at the end."""
     track: TrackOptions = TrackOptions()

@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import random
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,11 @@ from types import FrameType
 import numpy
 import torch
 
-from ostro.errors import DataError, OstroError, RecipeError
+from ostro.config import dump_recipe
+from ostro.errors import DataError, OstroError, RecipeError, ToldElsewhere
+from ostro.parallel.mesh import axis_sizes
+from ostro.train.ranks import Ranks
+from ostro.train.recipe import EmbedRecipe, VlmRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +40,7 @@ _FREE_KEYS = (
     "save_every:",
     "keep_last:",
 )
+_FREE_BLOCK = re.compile(r"^parallel:\n(?: .*\n)*", re.MULTILINE)
 # Packages whose version changes results; written beside every run.
 _RECORDED_PACKAGES = ("ostro", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
@@ -57,14 +63,21 @@ def stopped_by(cause: Exception | signal.Signals, checkpoint: Path, step: int, n
         step: Optimizer steps done.
         num_steps: Optimizer steps of the whole run.
     """
+    if isinstance(cause, ToldElsewhere):
+        return cause
     how = "mend the row in place, so that the number of rows stays, and run" if isinstance(cause, DataError) else "run"
     stand = f"Stopped after step {step} of {num_steps} and saved {checkpoint}; {how} the same command again to go on"
     if isinstance(cause, signal.Signals):
         return Stopped(f"received {cause.name}. {stand}", cause)
     if isinstance(cause, torch.OutOfMemoryError):
-        first_line = str(cause).splitlines()[0]
-        return OstroError(f"data.micro_batch_tokens: too large for the memory ({first_line}); lower it. {stand}")
+        return OstroError(f"{out_of_memory(cause)}. {stand}")
     return OstroError(f"{cause}. {stand}")
+
+
+def out_of_memory(cause: torch.OutOfMemoryError) -> OstroError:
+    """The error of a step that did not fit, by the key to change."""
+    first_line = str(cause).splitlines()[0]
+    return OstroError(f"data.micro_batch_tokens: too large for the memory ({first_line}); lower it")
 
 
 @dataclass
@@ -98,7 +111,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
         request.signal_number = number
         restore()
         # not print: a handler may run in the middle of another write to stderr, which Python refuses to nest
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
+        if os.environ.get("RANK", "0") == "0":  # torchrun hands a signal to all of its processes
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
 
     for number in handled:
         signal.signal(number, receive)
@@ -133,6 +147,30 @@ def restore_random_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def open_run(recipe: EmbedRecipe | VlmRecipe, ranks: Ranks) -> Path:
+    """What comes before any work: the mesh is checked, generators are seeded (each rank's its own), the folder opened.
+
+    Args:
+        recipe: The run.
+        ranks: Those that run it.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        RecipeError: When the mesh does not fit the ranks, or the folder holds checkpoints of another recipe.
+        OstroError: When the folder cannot be written.
+
+    Distributed: no collectives; rank 0 alone writes.
+    """
+    folder = Path(recipe.output)
+    axis_sizes(recipe.parallel, ranks.world_size)
+    set_seeds(recipe.seed + ranks.rank)
+    if ranks.is_main:
+        open_run_folder(folder, dump_recipe(recipe))
+    return folder
 
 
 def open_run_folder(folder: Path, resolved_recipe: str) -> None:
@@ -180,7 +218,7 @@ def host_facts() -> dict[str, object]:
 
 def _check_same_recipe(recipe_file: Path, resolved_recipe: str) -> None:
     earlier, now = (
-        [line for line in text.splitlines() if not line.strip().startswith(_FREE_KEYS)]
+        [line for line in _FREE_BLOCK.sub("", text).splitlines() if not line.strip().startswith(_FREE_KEYS)]
         for text in (recipe_file.read_text(encoding="utf-8"), resolved_recipe)
     )
     changed = [

@@ -7,9 +7,10 @@ What the loss is, and what a batch is, belongs to each loop.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ostro.errors import OstroError
 from ostro.train.options import OptimizerOptions, ScheduleOptions
@@ -58,14 +59,15 @@ class Optimizer:
         """
         self._weights = dict(weights)
         self._options = options
-        by_kind: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+        by_kind: dict[tuple[float, bool, bool], list[torch.nn.Parameter]] = {}
         for name, weight in self._weights.items():
-            kind = ((rate_factors or {}).get(name, 1.0), weight.ndim >= 2)
+            # split weights apart: a fused step takes them or plain ones, not both
+            kind = ((rate_factors or {}).get(name, 1.0), weight.ndim >= 2, isinstance(weight, DTensor))
             by_kind.setdefault(kind, []).append(weight)
-        self._factors = [factor for factor, _ in by_kind]
+        self._factors = [factor for factor, _, _ in by_kind]
         groups = [
             {"params": group, "weight_decay": options.weight_decay if is_matrix else 0.0}
-            for (_, is_matrix), group in by_kind.items()
+            for (_, is_matrix, _), group in by_kind.items()
         ]
         self._adamw = torch.optim.AdamW(
             groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True
@@ -93,17 +95,28 @@ class Optimizer:
 
         Raises:
             OstroError: When the norm is not finite; the weights are untouched then.
+
+        Distributed: one reduction of the norm where weights are split over ranks.
         """
-        gradients = [weight.grad for weight in self._weights.values() if weight.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        weights = [weight for weight in self._weights.values() if weight.grad is not None]
+        kinds = [[weight for weight in weights if isinstance(weight, DTensor) == split] for split in (False, True)]
+        norm = _total_norm([[weight.grad for weight in kind] for kind in kinds if kind])
         check_finite("gradient norm", norm.item())
         if self._options.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self._weights.values()), self._options.max_grad_norm, norm)
+            for kind in kinds:
+                torch.nn.utils.clip_grads_with_norm_(kind, self._options.max_grad_norm, norm)
         for group, factor in zip(self._adamw.param_groups, self._factors, strict=True):
             group["lr"] = rate * factor
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
         return float(norm)
+
+
+def _total_norm(kinds: Sequence[Sequence[torch.Tensor | None]]) -> torch.Tensor:
+    """The norm over all gradients, whole and split ones apart, as a plain tensor."""
+    norms = [torch.nn.utils.get_total_norm([gradient for gradient in kind if gradient is not None]) for kind in kinds]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.tensor(norms))
 
 
 def check_finite(name: str, value: float) -> None:

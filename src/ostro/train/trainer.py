@@ -8,16 +8,27 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from rich.console import Console
+from torch.distributed.tensor import DTensor
 
-from ostro.checkpoint.train_state import latest_train_state, load_train_state, save_train_state
+from ostro.checkpoint.train_state import (
+    latest_train_state,
+    load_train_state,
+    prepare_folder,
+    save_train_state,
+    train_state_path,
+)
+from ostro.errors import CheckpointError
+from ostro.parallel.collectives import sum_gradients
 from ostro.train import runtime
 from ostro.train.options import OptimizerOptions, ScheduleOptions
 from ostro.train.precision import MasterWeights
+from ostro.train.ranks import Ranks
 from ostro.train.step import Optimizer, learning_rate
 
 
@@ -56,8 +67,11 @@ class Trainer(abc.ABC):
     """The state of a run and its optimizer step; subclasses compute the gradients.
 
     Attributes:
+        ranks: Those that train together: each sees its share of every batch.
+        is_split: Whether the weights are split over ranks, which then have to run equal numbers of micro-batches.
+        whole: The model that rank 0 evaluates and exports: another than the trained one where that is split.
         step: Optimizer steps done.
-        num_tokens: Tokens seen.
+        num_tokens: Tokens seen by all ranks.
         num_steps: Optimizer steps of the whole run.
         peak_flops: Floating-point operations per second that the device reaches at best; None where a subclass does
             not count the operations of a step.
@@ -89,6 +103,9 @@ class Trainer(abc.ABC):
             loss_weights: Float32 parameters of the loss to train too, by name.
             rate_factors: What the learning rate of a weight is multiplied by, where it is not 1, by name.
         """
+        self.ranks = Ranks.current()
+        self.whole = self._module = module
+        self.is_split = any(isinstance(weight, DTensor) for weight in module.parameters())
         self.step = 0
         self.num_tokens = 0
         self.num_steps = num_steps
@@ -111,17 +128,22 @@ class Trainer(abc.ABC):
         """
 
     def update(self, num_tokens: int) -> dict[str, float]:
-        """Takes the optimizer step from the gradients that are there.
+        """Takes the optimizer step from the gradients that are there, summed over the ranks.
 
         Args:
-            num_tokens: Tokens that the gradients come from.
+            num_tokens: Tokens that the gradients of all ranks come from.
 
         Returns:
             `grad_norm`, `learning_rate` and `num_tokens`, for the log row.
 
         Raises:
             OstroError: When the gradient norm is not finite; `state` is still that before the step.
+
+        Distributed: one reduction of the gradients, whatever the micro-batches of each rank were. All ranks then take
+            the same step, to the same bits.
         """
+        # split weights have theirs summed in the backward pass
+        sum_gradients([w for w in self._weights.values() if not isinstance(w, DTensor)], self.ranks.group)
         rate = learning_rate(self.step, num_steps=self.num_steps, peak=self._peak, options=self._schedule)
         grad_norm = self._optimizer.step(rate)
         self._masters.publish()
@@ -133,6 +155,19 @@ class Trainer(abc.ABC):
     def _mark_position(self) -> None:
         """Notes where data and random draws stand between two steps: a step that fails has moved both."""
         self._position, self._random = self._loader.state_dict(), runtime.random_state()
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Brings the weights of `whole` up to date, where it is not the trained model.
+
+        Distributed: one all-gather per split weight.
+        """
+        targets = dict(self.whole.named_parameters()) if self.ranks.is_main else {}
+        for name, weight in self._module.named_parameters():
+            if isinstance(weight, DTensor):
+                full = weight.full_tensor()
+                if self.ranks.is_main:
+                    targets[name].copy_(full)
 
     def state(self) -> TrainerState:
         """The run as it stands after `step` whole steps; weights and moments are the live ones."""
@@ -146,20 +181,45 @@ class Trainer(abc.ABC):
         )
 
     def save(self, folder: Path) -> Path:
-        """Writes a checkpoint into the run folder; the earlier ones stay loadable if it fails."""
-        return save_train_state(folder / "checkpoints", self.step, vars(self.state()), keep_last=self._keep_last)
+        """Writes a checkpoint into the run folder; the earlier ones stay loadable if it fails.
+
+        Distributed: rank 0 writes what all have in common, and the random state of each; of split weights and their
+            moments, each rank writes its own part.
+        """
+        checkpoints, state = folder / "checkpoints", vars(self.state())
+        others = self.ranks.gather(self._random)[1:]
+        state["random"] = {**self._random, **{f"rank {rank}": own for rank, own in enumerate(others, 1)}}
+        self.ranks.on_main(partial(prepare_folder, checkpoints))
+        group = self.ranks.group if self.is_split else None
+        with self.ranks.agreed():
+            if self.ranks.is_main or self.is_split:
+                save_train_state(checkpoints, self.step, state, keep_last=self._keep_last, group=group)
+        return train_state_path(checkpoints, self.step)
 
     def resume(self, folder: Path, console: Console) -> None:
-        """Continues from the latest checkpoint of the run folder, if there is one."""
-        path = latest_train_state(folder / "checkpoints")
-        if path is None:
+        """Continues from the latest checkpoint of the run folder, if there is one, on whatever number of ranks.
+
+        Distributed: every rank reads the files.
+        """
+        with self.ranks.agreed():
+            path = latest_train_state(folder / "checkpoints")
+        seen = self.ranks.gather(path)
+        if path is None and not any(seen):
             return
-        # random: a run may move between CPU and CUDA, whose states differ in number
-        state = load_train_state(path, {**vars(self.state()), "random": {}})
-        self.step, self.num_tokens = state["step"], state["num_tokens"]
-        self._masters.publish()
-        self._loader.load_state_dict(state["loader"])
-        runtime.restore_random_state(state["random"])
+        with self.ranks.agreed():
+            if path is None or len(set(seen)) > 1:
+                raise CheckpointError(
+                    f"output: {folder} holds other checkpoints for some ranks ({', '.join(map(str, seen))}); put it on "
+                    "a disk that all of them share"
+                )
+            # random: a run may move between CPU and CUDA, and to another number of ranks
+            state = load_train_state(path, {**vars(self.state()), "random": {}})
+            self.step, self.num_tokens = state["step"], state["num_tokens"]
+            self._masters.publish()
+            self._loader.load_state_dict(state["loader"])
+        random = state["random"] if self.ranks.is_main else state["random"].get(f"rank {self.ranks.rank}")
+        if random is not None:  # else the state that this rank was seeded with, as there was none so far
+            runtime.restore_random_state(random)
         self._mark_position()
         console.out(f"{path}: continuing after step {self.step} of {self.num_steps}", highlight=False)
 

@@ -1,0 +1,40 @@
+"""Sizes of the mesh: what is left is filled in, and what cannot be is an error that names the key."""
+
+from __future__ import annotations
+
+import pytest
+
+from ostro.errors import RecipeError
+from ostro.parallel.mesh import axis_sizes
+from ostro.parallel.options import ParallelOptions
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_what_is_left_is_replicated(world_size: int) -> None:
+    sizes = {"pp": 1, "dp_replicate": world_size, "dp_shard": 1, "tp": 1}
+    assert axis_sizes(ParallelOptions(), world_size) == sizes
+    assert axis_sizes(ParallelOptions(dp_replicate=world_size), world_size) == sizes
+    assert list(axis_sizes(ParallelOptions(dp_replicate=world_size, dp_shard=-1), world_size)) == list(sizes)
+
+
+def test_what_is_left_is_split() -> None:
+    assert axis_sizes(ParallelOptions(dp_replicate=2, dp_shard=-1), 8)["dp_shard"] == 4
+    assert axis_sizes(ParallelOptions(dp_shard=4), 8)["dp_replicate"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dp_replicate": 0}, "parallel.dp_replicate: must be at least 1, or -1 for what is left of the ranks, got 0"),
+        ({"dp_shard": -1}, "parallel.dp_shard: only one of dp_replicate and dp_shard can be -1; set the other"),
+        ({"dp_replicate": 3}, "parallel.dp_replicate: the product of the sizes must be the number of ranks, 4, got"),
+        ({"dp_replicate": 1}, "parallel.dp_replicate: the product of the sizes must be the number of ranks, 4, got"),
+        ({"dp_shard": 3}, "parallel.dp_shard: the product of the sizes must be the number of ranks, 4, got"),
+        ({"tp": 2}, "parallel.tp: must be 1, got 2; the ranks of a run cannot split a layer"),
+        ({"pp": 4}, "parallel.pp: must be 1, got 4; the ranks of a run cannot split a layer"),
+    ],
+)
+def test_what_does_not_fit_is_named(options: dict[str, int], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        axis_sizes(ParallelOptions(**options), 4)
+    assert str(caught.value).startswith(message)
