@@ -49,6 +49,7 @@ def demo(folder: str, batch: int, dtype: str) -> VlmRecipe:
 def ours(case: dict[str, Any]) -> dict[str, Any]:
     """Packed, fused loss, float32 masters."""
     recipe = demo(case["folder"], case["batch"], case["dtype"])
+    recipe.model.weights = f"{case['folder']}/stock"  # what the peer reads: FP8 products rounded to bfloat16
     model, encoder = vlm.build_model(recipe)
     with vlm.open_loader(recipe, encoder) as loader:
         trainer = vlm.VlmTrainer(recipe, model, loader)
