@@ -31,11 +31,11 @@ PEER_MODES = ("bfloat16 weights", "bfloat16 autocast", "float32")
 NUM_SAMPLES = 256
 
 
-def demo(folder: str, batch: int, dtype: str) -> VlmRecipe:
+def demo(folder: str, batch: int, dtype: str, *, weights: str = "weights") -> VlmRecipe:
     """The demo's recipe on inputs in `folder`, in the order of the file."""
     overrides = [
         f"output={folder}/run",
-        f"model.weights={folder}/weights",
+        f"model.weights={folder}/{weights}",
         f"data.train={folder}/data/train.jsonl",
         "data.shuffle=false",
         f"data.global_batch_samples={batch}",
@@ -48,8 +48,8 @@ def demo(folder: str, batch: int, dtype: str) -> VlmRecipe:
 
 def ours(case: dict[str, Any]) -> dict[str, Any]:
     """Packed, fused loss, float32 masters."""
-    recipe = demo(case["folder"], case["batch"], case["dtype"])
-    recipe.model.weights = f"{case['folder']}/stock"  # what the peer reads: FP8 products rounded to bfloat16
+    # "stock" is what the peer reads: FP8 products rounded to bfloat16
+    recipe = demo(case["folder"], case["batch"], case["dtype"], weights="stock")
     model, encoder = vlm.build_model(recipe)
     with vlm.open_loader(recipe, encoder) as loader:
         trainer = vlm.VlmTrainer(recipe, model, loader)

@@ -64,11 +64,6 @@ class MemoryReport:
         return 2 * self.num_parameters - self.num_fp8_parameters
 
     @property
-    def full_bfloat16_bytes(self) -> int:
-        """Training everything in bfloat16: weight, gradient and Adam's two moments, 8 bytes a parameter."""
-        return 8 * self.num_parameters
-
-    @property
     def full_float32_bytes(self) -> int:
         """Training everything with float32 weights, gradients and moments: 16 bytes a parameter."""
         return 16 * self.num_parameters

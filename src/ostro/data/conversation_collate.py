@@ -17,7 +17,6 @@ import torch
 
 from ostro.data.conversation_tokens import NOTHING, EncodedConversation
 from ostro.data.images import ImageTokens, Pixels, normalize
-from ostro.models.packed import PackedTexts
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,6 @@ class ConversationBatch:
             images.
         image_sizes: `[N, 2]` int64 height and width of each image; None without images.
         num_supervised: Labels that are not -100.
-        kinds: S types of question, None where a row names none.
     """
 
     input_ids: torch.Tensor
@@ -41,7 +39,6 @@ class ConversationBatch:
     pixel_values: torch.Tensor | None
     image_sizes: torch.Tensor | None
     num_supervised: int
-    kinds: tuple[str | None, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -52,14 +49,6 @@ class ConversationBatch:
     def num_images(self) -> int:
         """N, the number of images."""
         return 0 if self.image_sizes is None else self.image_sizes.shape[0]
-
-    def position_ids(self) -> torch.Tensor:
-        """`[T]` int64 positions, restarting at 0 for every conversation."""
-        return PackedTexts(self.input_ids, self.lengths).position_ids()
-
-    def cu_seqlens(self) -> torch.Tensor:
-        """`[S + 1]` int32 offsets of the conversations, the last one T."""
-        return PackedTexts(self.input_ids, self.lengths).cu_seqlens()
 
     def to(self, device: torch.device | str) -> ConversationBatch:
         """The same batch with its tensors on another device."""
@@ -90,7 +79,6 @@ def collate(conversations: Sequence[EncodedConversation]) -> ConversationBatch:
         pixel_values=pixel_values,
         image_sizes=image_sizes,
         num_supervised=sum(item.num_supervised for item in conversations),
-        kinds=tuple(item.kind for item in conversations),
     )
 
 
@@ -109,7 +97,6 @@ def blank_batch(image_tokens: ImageTokens | None) -> ConversationBatch:
         pixel_values=torch.zeros(1, 3, side, side) if image_tokens else None,
         image_sizes=torch.tensor([[side, side]]) if image_tokens else None,
         num_supervised=0,
-        kinds=(None,),
     )
 
 
@@ -121,7 +108,6 @@ def with_blank(batch: ConversationBatch, blank: ConversationBatch) -> Conversati
         labels=torch.cat((batch.labels, blank.labels)),
         lengths=batch.lengths + blank.lengths,
         num_supervised=batch.num_supervised,
-        kinds=batch.kinds + blank.kinds,
     )
 
 

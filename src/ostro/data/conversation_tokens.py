@@ -50,14 +50,12 @@ class EncodedConversation:
         token_ids: T ids, `<s>` first.
         labels: T ids, the one that should follow each position; -100 where nothing is learnt. The last is -100.
         images: Resized images, `[H, W, 3]` uint8 each, in the order of their tokens.
-        kind: Type of question, where the row names one.
         where: File and row.
     """
 
     token_ids: list[int]
     labels: list[int]
     images: tuple[Pixels, ...]
-    kind: str | None
     where: str
 
     @property
@@ -125,7 +123,7 @@ class ConversationEncoder:
         ids, labels, order = self._encode(messages, images, where, self._training)
         if len(ids) > self._max_tokens:
             ids, labels, order = self._truncate(conversation, images, len(ids))
-        return EncodedConversation(ids, labels, tuple(images[index] for index in order), conversation.kind, where)
+        return EncodedConversation(ids, labels, tuple(images[index] for index in order), where)
 
     def encode_prompt(self, messages: Sequence[Message], where: str = "prompt") -> EncodedConversation:
         """Ids of messages to be answered; nothing is learnt.
@@ -148,7 +146,7 @@ class ConversationEncoder:
         ids, _, order = self._encode(messages, images, where, self._generating)
         if len(ids) > self._max_tokens:
             raise DataError(f"{where}: has {len(ids)} tokens, more than {self._max_tokens}; shorten it or its images")
-        return EncodedConversation(ids, [NOTHING] * len(ids), tuple(images[index] for index in order), None, where)
+        return EncodedConversation(ids, [NOTHING] * len(ids), tuple(images[index] for index in order), where)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated ids, special tokens left out."""

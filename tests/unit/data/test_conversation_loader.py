@@ -86,11 +86,8 @@ def test_a_batch_is_its_conversations_laid_end_to_end(tmp_path: Path, encoder: C
     assert _samples(batch) == [(item.token_ids, item.labels) for item in encoded]
     lengths = [len(item.token_ids) for item in encoded]
     assert batch.lengths == tuple(lengths)
-    assert batch.position_ids().tolist() == [place for length in lengths for place in range(length)]
-    assert batch.cu_seqlens().tolist() == [0, *itertools.accumulate(lengths)]
     assert batch.num_supervised == int((batch.labels != NOTHING).sum())
     assert (batch.num_tokens, batch.num_images) == (sum(lengths), 3)
-    assert batch.kinds == ("image", "text", "image", "image")
 
     merged = IMAGE_TOKENS.merged_patch_size
     processor = PixtralImageProcessorPil(patch_size={"height": merged, "width": merged}, size={"longest_edge": 64})

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ostro.data.conversation_collate import ConversationBatch
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
-from ostro.models.packed import use_packed_attention
+from ostro.models.packed import packed_offsets, use_packed_attention
 from ostro.train.flops import peak_flops, step_flops
 from ostro.train.options import Part
 from ostro.train.parts import PARTS, freeze
@@ -29,7 +29,6 @@ def batch(config: object, *, with_image: bool) -> ConversationBatch:
         pixel_values=torch.randn(1, 3, 56, 56) if with_image else None,
         image_sizes=torch.tensor([[56, 56]]) if with_image else None,
         num_supervised=19,
-        kinds=(None, None),
     )
 
 
@@ -50,7 +49,7 @@ def test_products_are_those_that_torch_counts(frozen: tuple[Part, ...], with_ima
             pixel_values=made.pixel_values,
             image_sizes=made.image_sizes,
             packed_lengths=made.lengths,
-            packed_offsets=made.cu_seqlens(),
+            packed_offsets=packed_offsets(made.lengths),
         ).logits
         logits.float().logsumexp(-1).sum().backward()
     counted = counter.get_total_flops()
