@@ -11,7 +11,7 @@ EXTRAS := search,eval,demo,dev
 STAMP := $(VENV)/.ostro-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench
+.PHONY: help setup demo test torture check bench
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -30,6 +30,9 @@ demo: setup ## train, evaluate and export a search model on real data
 
 test: setup ## run the default test suite
 	$(VENV)/bin/python -m pytest
+
+torture: setup ## kill a run on two ranks 50 times and compare its end with that of a run that was not killed
+	$(VENV)/bin/python -m tests.torture
 
 check: setup ## formatting, lint, types and the import rules
 	$(VENV)/bin/ruff check

@@ -38,6 +38,8 @@ _STEP = re.compile(r"step-([0-9]{8,})")
 _LATEST, _MANIFEST, _TMP = "latest", "files.json", ".tmp"
 # Name of the pickled part among the tensors; theirs begin with a key of the state, which is not empty.
 _PLAIN = ".plain"
+SINGLE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"
+"""How a warning of torch begins that is none: one rank writes, and each reads on its own."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,20 @@ def save_train_state(
     Distributed: with `group`, every rank calls it and writes its part of the split tensors; rank 0 writes the rest, and
         publishes when all parts are there. What fails before that fails on every rank.
     """
+    with _single_process():
+        return write_train_state(folder, step, state, keep_last=keep_last, keep=keep, group=group)
+
+
+def write_train_state(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    *,
+    keep_last: int,
+    keep: Collection[int] = (),
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """`save_train_state` for a thread, which must not silence torch's warning (`SINGLE_PROCESS`) for the others."""
     if step < 0 or keep_last < 1:
         raise ValueError(f"step must be >= 0 and keep_last >= 1, got {step} and {keep_last}")
     plain, tensors = _split(state)
@@ -92,9 +108,8 @@ def save_train_state(
     try:
         if group is None:
             prepare_folder(folder)
-        with _single_process():
-            entries = {**tensors, _PLAIN: _Plain(plain)}
-            save(entries, checkpoint_id=partial, process_group=group, no_dist=group is None)
+        entries = {**tensors, _PLAIN: _Plain(plain)}
+        save(entries, checkpoint_id=partial, process_group=group, no_dist=group is None)
         if group is not None and group.rank() > 0:
             return path
         _write_file(partial / _MANIFEST, json.dumps({file.name: file.stat().st_size for file in partial.iterdir()}))
@@ -263,9 +278,8 @@ def _join(plain: Mapping[Any, Any], tensors: Mapping[str, torch.Tensor]) -> dict
 
 @contextmanager
 def _single_process() -> Iterator[None]:
-    """torch warns that it takes this to be one process, which it is: one rank writes, and each reads on its own."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        warnings.filterwarnings("ignore", SINGLE_PROCESS, UserWarning)
         yield
 
 

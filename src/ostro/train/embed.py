@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import math
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -57,7 +58,11 @@ def run(recipe: EmbedRecipe, *, console: Console) -> embed_result.EmbedResult:
     ranks = Ranks.current()
     with ranks.agreed():
         embed_result.check_extras(recipe)
-        folder = runtime.open_run(recipe, ranks)
+    with runtime.open_run(recipe, ranks) as folder:
+        return _run(recipe, folder, ranks, console)
+
+
+def _run(recipe: EmbedRecipe, folder: Path, ranks: Ranks, console: Console) -> embed_result.EmbedResult:
     mesh = build_mesh(recipe.parallel, ranks.world_size, runtime.select_device().type)
     with ranks.agreed():
         whole, tokenizer = build_embedder(recipe)
@@ -155,7 +160,7 @@ class EmbedTrainer(Trainer):
             recipe.optimizer,
             recipe.schedule,
             num_steps=recipe.train.num_steps or _steps_of_epochs(recipe, loader),
-            keep_last=recipe.train.keep_last,
+            train=recipe.train,
             loss_weights={"log_temperature": self._temperature.log_temperature} if self._temperature else None,
         )
 

@@ -18,6 +18,9 @@ from ostro.train import metrics, runtime
 from ostro.train.options import TrackOptions, TrainOptions
 from ostro.train.trainer import Trainer
 
+# What a rank says instead of a signal's number, and above all of them, when a checkpoint could not be written.
+_SAVE_FAILED = 1000
+
 
 def run_steps(
     trainer: Trainer,
@@ -52,6 +55,7 @@ def run_steps(
     with (
         metrics.open_log(folder, track, resumed_step=trainer.step, is_main=ranks.is_main) as log,
         metrics.live_line(console, num_steps=num_steps, first_step=trainer.step) as line,
+        trainer.saver,
     ):
         if trainer.step == 0:
             trainer.gather()
@@ -75,10 +79,16 @@ def run_steps(
                 if ranks.group is not None and isinstance(error, torch.OutOfMemoryError):
                     # the other ranks do not know, and wait for this one's gradients: a save would wait for them
                     raise runtime.out_of_memory(error) from error
-                raise runtime.stopped_by(error, trainer.save(folder), trainer.step, num_steps) from error
-            number = ranks.maximum(stop.signal_number or 0)
+                path = trainer.save(folder)
+                trainer.finish_saving()
+                raise runtime.stopped_by(error, path, trainer.step, num_steps) from error
+            number = ranks.maximum(_SAVE_FAILED if trainer.saver.has_failed else stop.signal_number or 0)
+            if number == _SAVE_FAILED:
+                trainer.finish_saving()
             if last or _due(step, options.save_every) or number:
                 path = trainer.save(folder)
+            if number or last:
+                trainer.finish_saving()
             if number:
                 stopped = runtime.stopped_by(signal.Signals(number), path, step, num_steps)
                 raise stopped if ranks.is_main else ToldElsewhere(str(stopped))

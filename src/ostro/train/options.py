@@ -92,6 +92,9 @@ class TrainOptions(Options):
     """Steps between checkpoints; null saves at the end and when stopped."""
     keep_last: int = pydantic.Field(2, ge=1)
     """Checkpoints kept."""
+    async_save: bool = True
+    """Write checkpoints while training goes on; false spares the host memory of a second state, 12 bytes per trained
+    parameter."""
 
     @pydantic.model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ostro.errors import OstroError, ToldElsewhere
+from ostro.train.watch import watched
 
 Result = TypeVar("Result")
 
@@ -82,6 +83,13 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def separate_group(self) -> dist.ProcessGroup | None:
+        """All ranks in a new group on the CPU, for the collectives of a thread; None for one process.
+
+        Distributed: all ranks call it.
+        """
+        return None if self.group is None else dist.new_group(backend="gloo", timeout=_TIMEOUT)
+
     @contextmanager
     def agreed(self) -> Iterator[None]:
         """A block that succeeds on all ranks or fails on all of them.
@@ -131,6 +139,7 @@ def started_ranks() -> Iterator[Ranks]:
 
     Raises:
         OstroError: When some of the variables are missing or the processes do not find each other.
+        ToldElsewhere: On the other ranks; also when a rank is gone, see `watch`.
 
     Distributed: waits for all ranks.
     """
@@ -139,10 +148,11 @@ def started_ranks() -> Iterator[Ranks]:
         yield Ranks()
         return
     if missing := [name for name in _VARIABLES if name not in given]:
-        raise OstroError(
+        message = (
             f"{', '.join(missing)}: not set, while {given[0]} is {os.environ[given[0]]}; start the run with torchrun, "
             f"or set all of {', '.join(_VARIABLES)}, or none for one process"
         )
+        raise OstroError(message) if os.environ.get("RANK", "0") == "0" else ToldElsewhere(message)
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -152,6 +162,7 @@ def started_ranks() -> Iterator[Ranks]:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise OstroError(f"MASTER_ADDR, MASTER_PORT: the ranks do not meet at {place} ({error})") from error
     try:
-        yield Ranks.current()
+        with watched(dist.get_rank(), dist.get_world_size()):
+            yield Ranks.current()
     finally:
         dist.destroy_process_group()

@@ -6,6 +6,8 @@ It leaves the loops and their states to `embed` and `vlm`.
 from __future__ import annotations
 
 import difflib
+import errno
+import fcntl
 import importlib.metadata
 import json
 import logging
@@ -15,7 +17,7 @@ import random
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -39,8 +41,11 @@ _FREE_KEYS = (
     "evaluate_every:",
     "save_every:",
     "keep_last:",
+    "async_save:",
 )
 _FREE_BLOCK = re.compile(r"^parallel:\n(?: .*\n)*", re.MULTILINE)
+# What a disk that knows no locks answers.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # Packages whose version changes results; written beside every run.
 _RECORDED_PACKAGES = ("ostro", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
@@ -149,36 +154,70 @@ def restore_random_state(state: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def open_run(recipe: EmbedRecipe | VlmRecipe, ranks: Ranks) -> Path:
+@contextmanager
+def open_run(recipe: EmbedRecipe | VlmRecipe, ranks: Ranks) -> Iterator[Path]:
     """What comes before any work: the mesh is checked, generators are seeded (each rank's its own), the folder opened.
 
     Args:
         recipe: The run.
         ranks: Those that run it.
 
-    Returns:
-        The run folder.
+    Yields:
+        The run folder, which no other job can open until the block ends.
 
     Raises:
         RecipeError: When the mesh does not fit the ranks, or the folder holds checkpoints of another recipe.
-        OstroError: When the folder cannot be written.
+        OstroError: When the folder cannot be written, or another job has it open.
 
-    Distributed: no collectives; rank 0 alone writes.
+    Distributed: as `Ranks.agreed`; rank 0 alone writes.
     """
     folder = Path(recipe.output)
-    axis_sizes(recipe.parallel, ranks.world_size)
-    set_seeds(recipe.seed + ranks.rank)
-    if ranks.is_main:
-        open_run_folder(folder, dump_recipe(recipe))
-    return folder
+    with ExitStack() as stack:
+        with ranks.agreed():
+            axis_sizes(recipe.parallel, ranks.world_size)
+            set_seeds(recipe.seed + ranks.rank)
+            if ranks.is_main:
+                stack.enter_context(locked_folder(folder))
+                open_run_folder(folder, dump_recipe(recipe))
+        yield folder
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Keeps other jobs out of a run folder, which is made where it is missing.
+
+    The lock is the system's, on the open file `lock`, so it ends with the process however that ends. It holds between
+    machines where their shared disk passes locks on, as NFS 4 and Lustre (mounted with `flock`) do.
+
+    Raises:
+        OstroError: When another process holds it, or the folder cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / "lock").open("a+", encoding="utf-8"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+        except BlockingIOError as error:
+            file.seek(0)
+            raise OstroError(
+                f"output: {folder} is in use by {file.read() or 'another job'}; wait for that job to end, stop it, or "
+                "choose another output"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise _not_writable(folder, error) from error
+            logger.warning("%s: its disk has no locks (%s); do not start two jobs on it", folder, error.strerror)
+        yield
 
 
 def open_run_folder(folder: Path, resolved_recipe: str) -> None:
-    """Creates the run folder, or checks that the checkpoints in it are of the same recipe, and records versions and
-    host facts.
+    """Checks that the checkpoints in a run folder are of the same recipe, and records versions and host facts.
 
     Args:
-        folder: The recipe's `output`.
+        folder: The recipe's `output`, an existing folder.
         resolved_recipe: YAML of the whole recipe.
 
     Raises:
@@ -187,14 +226,17 @@ def open_run_folder(folder: Path, resolved_recipe: str) -> None:
     """
     recipe_file = folder / "recipe.yaml"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         # a run that failed before its first checkpoint has left nothing to go on from, so its recipe may be mended
         if recipe_file.exists() and any(folder.glob("checkpoints/step-*")):
             _check_same_recipe(recipe_file, resolved_recipe)
         recipe_file.write_text(resolved_recipe, encoding="utf-8")
         (folder / "environment.json").write_text(json.dumps(host_facts(), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise OstroError(f"{folder}: cannot be written ({error.strerror}); choose another `output`") from error
+        raise _not_writable(folder, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> OstroError:
+    return OstroError(f"{folder}: cannot be written ({error.strerror}); choose another `output`")
 
 
 def host_facts() -> dict[str, object]:

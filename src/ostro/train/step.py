@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.distributed.tensor import DTensor
 
-from ostro.errors import OstroError
+from ostro.errors import OstroError, ToldElsewhere
 from ostro.train.options import OptimizerOptions, ScheduleOptions
+from ostro.train.ranks import Ranks
 
 
 def learning_rate(step: int, *, num_steps: int, peak: float, options: ScheduleOptions) -> float:
@@ -122,11 +123,16 @@ def _total_norm(kinds: Sequence[Sequence[torch.Tensor | None]]) -> torch.Tensor:
 def check_finite(name: str, value: float) -> None:
     """Stops a run whose numbers have become infinite or nan, before they reach the weights.
 
+    Args:
+        name: What it is.
+        value: The same on all ranks.
+
     Raises:
-        OstroError: When `value` is not finite.
+        OstroError: When `value` is not finite; on ranks other than 0 `ToldElsewhere`.
     """
     if not math.isfinite(value):
-        raise OstroError(
+        message = (
             f"{name}: is {value}; the weights were not changed. "
             "Lower optimizer.learning_rate, raise schedule.warmup_steps or use model.dtype=float32"
         )
+        raise OstroError(message) if Ranks.current().is_main else ToldElsewhere(message)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
+from ostro.checkpoint.background_save import BackgroundSave
 from ostro.checkpoint.train_state import (
     latest_train_state,
     load_train_state,
@@ -26,7 +28,7 @@ from ostro.checkpoint.train_state import (
 from ostro.errors import CheckpointError
 from ostro.parallel.collectives import sum_gradients
 from ostro.train import runtime
-from ostro.train.options import OptimizerOptions, ScheduleOptions
+from ostro.train.options import OptimizerOptions, ScheduleOptions, TrainOptions
 from ostro.train.precision import MasterWeights
 from ostro.train.ranks import Ranks
 from ostro.train.step import Optimizer, learning_rate
@@ -73,6 +75,7 @@ class Trainer(abc.ABC):
         step: Optimizer steps done.
         num_tokens: Tokens seen by all ranks.
         num_steps: Optimizer steps of the whole run.
+        saver: Writes its checkpoints.
         peak_flops: Floating-point operations per second that the device reaches at best; None where a subclass does
             not count the operations of a step.
     """
@@ -87,7 +90,7 @@ class Trainer(abc.ABC):
         schedule: ScheduleOptions,
         *,
         num_steps: int,
-        keep_last: int,
+        train: TrainOptions,
         loss_weights: Mapping[str, torch.nn.Parameter] | None = None,
         rate_factors: Mapping[str, float] | None = None,
     ) -> None:
@@ -99,7 +102,7 @@ class Trainer(abc.ABC):
             optimizer: Hyper-parameters.
             schedule: Learning rate over the run.
             num_steps: Optimizer steps of the whole run.
-            keep_last: Checkpoints to keep.
+            train: Which checkpoints are kept, and how they are written.
             loss_weights: Float32 parameters of the loss to train too, by name.
             rate_factors: What the learning rate of a weight is multiplied by, where it is not 1, by name.
         """
@@ -109,7 +112,9 @@ class Trainer(abc.ABC):
         self.step = 0
         self.num_tokens = 0
         self.num_steps = num_steps
-        self._loader, self._keep_last = loader, keep_last
+        self.saver = BackgroundSave()
+        self._loader, self._options = loader, train
+        self._save_group: dist.ProcessGroup | None = None
         self._schedule, self._peak = schedule, optimizer.learning_rate
         self._masters = MasterWeights(module)
         self._weights = {**self._masters.named_parameters(), **(loss_weights or {})}
@@ -145,6 +150,7 @@ class Trainer(abc.ABC):
         # split weights have theirs summed in the backward pass
         sum_gradients([w for w in self._weights.values() if not isinstance(w, DTensor)], self.ranks.group)
         rate = learning_rate(self.step, num_steps=self.num_steps, peak=self._peak, options=self._schedule)
+        self.saver.wait_copied()
         grad_norm = self._optimizer.step(rate)
         self._masters.publish()
         self.step += 1
@@ -183,18 +189,34 @@ class Trainer(abc.ABC):
     def save(self, folder: Path) -> Path:
         """Writes a checkpoint into the run folder; the earlier ones stay loadable if it fails.
 
+        With `train.async_save` it is only begun: `finish_saving` waits for it, and so does the next one.
+
         Distributed: rank 0 writes what all have in common, and the random state of each; of split weights and their
             moments, each rank writes its own part.
         """
         checkpoints, state = folder / "checkpoints", vars(self.state())
         others = self.ranks.gather(self._random)[1:]
         state["random"] = {**self._random, **{f"rank {rank}": own for rank, own in enumerate(others, 1)}}
+        self.finish_saving()
         self.ranks.on_main(partial(prepare_folder, checkpoints))
-        group = self.ranks.group if self.is_split else None
+        if self.is_split and self._save_group is None:
+            self._save_group = self.ranks.separate_group()
+        start = self.saver.start if self._options.async_save else save_train_state
         with self.ranks.agreed():
             if self.ranks.is_main or self.is_split:
-                save_train_state(checkpoints, self.step, state, keep_last=self._keep_last, group=group)
+                start(checkpoints, self.step, state, keep_last=self._options.keep_last, group=self._save_group)
         return train_state_path(checkpoints, self.step)
+
+    def finish_saving(self) -> None:
+        """Waits until a checkpoint that was begun is published.
+
+        Raises:
+            CheckpointError: When it cannot be written; on the other ranks `ToldElsewhere`.
+
+        Distributed: as `Ranks.agreed`.
+        """
+        with self.ranks.agreed():
+            self.saver.finish()
 
     def resume(self, folder: Path, console: Console) -> None:
         """Continues from the latest checkpoint of the run folder, if there is one, on whatever number of ranks.

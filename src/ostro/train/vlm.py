@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -59,7 +60,11 @@ def run(recipe: VlmRecipe, *, console: Console) -> vlm_result.VlmResult:
     ranks = Ranks.current()
     with ranks.agreed():
         vlm_result.check_extras()
-        folder = runtime.open_run(recipe, ranks)
+    with runtime.open_run(recipe, ranks) as folder:
+        return _run(recipe, folder, ranks, console)
+
+
+def _run(recipe: VlmRecipe, folder: Path, ranks: Ranks, console: Console) -> vlm_result.VlmResult:
     mesh = build_mesh(recipe.parallel, ranks.world_size, runtime.select_device().type)
     with ranks.agreed():
         model, encoder = build_model(recipe, mesh)
@@ -149,7 +154,7 @@ class VlmTrainer(Trainer):
             recipe.optimizer,
             recipe.schedule,
             num_steps=recipe.train.num_steps or _steps_of_epochs(recipe, loader),
-            keep_last=recipe.train.keep_last,
+            train=recipe.train,
             rate_factors=rate_factors(model, recipe.optimizer.part_learning_rates, recipe.optimizer.learning_rate),
         )
         dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32

@@ -208,6 +208,7 @@ def test_the_checkpoint_holds_every_field_of_the_state(inputs: Path, tmp_path: P
         trainer = embed.EmbedTrainer(run, embedder, loader)
         trainer.train_step()
         trainer.save(tmp_path)
+        trainer.finish_saving()
         state = trainer.state()
         assert {field.name for field in fields(state)} == set(vars(state))
         trained = {name for name, weight in embedder.named_parameters() if weight.requires_grad}

@@ -1,0 +1,181 @@
+"""Ranks that are killed, run out of memory or get stuck: the others end with one message, and the run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ostro.checkpoint.train_state import latest_train_state
+from ostro.train import watch
+from ostro.train.embed import EmbedTrainer
+from tests.helpers import runs
+from tests.helpers.launch import Launch
+from tests.torture import Torture
+
+Act = Callable[[], object]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    runs.make_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe_file(inputs: Path, tmp_path: Path) -> Path:
+    """Eight steps with a checkpoint after every second, in `run/`, without evaluation."""
+    lengths = {"num_steps": 8, "save_every": 2, "evaluate_every": None}
+    settings = runs.recipe(inputs, tmp_path / "run", train=lengths).model_dump(mode="json", exclude_unset=True)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({**settings, "evaluate": None, "test": None}))
+    return file
+
+
+def losses(run: Path) -> list[float]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line)["loss"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def at_step(step: int, act: Act) -> None:
+    """Has something happen before a step of this process."""
+    original = EmbedTrainer.train_step
+
+    def train_step(trainer: EmbedTrainer) -> dict[str, float]:
+        if trainer.step == step:
+            act()
+        return original(trainer)
+
+    EmbedTrainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def die(rank: int, *, dead: int) -> None:
+    if rank == dead:
+        at_step(3, lambda: os.kill(os.getpid(), 9))
+
+
+@pytest.mark.parametrize(("num_ranks", "dead", "override"), [(2, 0, "dp_shard=2"), (3, 2, "dp_shard=1")])
+def test_a_killed_rank_is_named_once_and_the_run_goes_on(
+    recipe_file: Path, tmp_path: Path, num_ranks: int, dead: int, override: str
+) -> None:
+    words = [str(recipe_file), f"parallel.{override}"]
+    with Launch(words, tmp_path / "logs", num_ranks=num_ranks, before=partial(die, dead=dead)) as launch:
+        started = time.monotonic()
+        codes = launch.wait()
+        assert codes == [-9 if rank == dead else 1 for rank in range(num_ranks)]
+        assert time.monotonic() - started < 30
+        told = [line for line in launch.text().splitlines() if "error" in line]
+        assert len(told) == 1, launch.text()
+        assert told[0].startswith(f"error: rank {dead} of {num_ranks} (process {launch.ranks[dead].pid} on ")
+        assert told[0].endswith("; run the same command again to go on")
+        assert "Traceback" not in launch.text()
+    saved = latest_train_state(tmp_path / "run" / "checkpoints")
+    assert saved is not None
+    with Launch(words, tmp_path / "logs", num_ranks=num_ranks) as launch:
+        assert set(launch.wait()) == {0}
+        assert f"{saved}: continuing after step 2 of 8" in launch.text()
+    assert len(losses(tmp_path / "run")) == 8
+
+
+def stick(rank: int) -> None:
+    """Rank 1 dies; rank 0 notices no failed collective, as under NCCL."""
+    watch._GRACE_S = 1.0  # type: ignore[misc]
+    at_step(3, lambda: os.kill(os.getpid(), 9) if rank else time.sleep(100))
+
+
+def test_a_rank_that_is_stuck_ends_too(recipe_file: Path, tmp_path: Path) -> None:
+    with Launch([str(recipe_file)], tmp_path / "logs", before=stick) as launch:
+        assert launch.wait(30) == [1, -9]
+        assert launch.logs[0].read_text().count("error: rank 1 of 2 (process ") == 1
+
+
+def run_out_of_memory(rank: int) -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore text")
+
+    if rank == 1:
+        at_step(3, fail)
+
+
+def test_a_rank_out_of_memory_tells_and_the_others_are_silent(recipe_file: Path, tmp_path: Path) -> None:
+    with Launch([str(recipe_file)], tmp_path / "logs", before=run_out_of_memory) as launch:
+        assert launch.wait() == [1, 1]
+        silent, told = (log.read_text() for log in launch.logs)
+        assert told.splitlines()[-1].startswith("error: data.micro_batch_tokens: too large for the memory (CUDA out of")
+        assert launch.text().count("error") == 1, launch.text()
+        assert "Traceback" not in silent + told
+
+
+def spoil(rank: int) -> None:
+    original = EmbedTrainer._backward
+
+    def backward(trainer: EmbedTrainer, batch: Any) -> Any:
+        output = original(trainer, batch)
+        is_spoilt = rank == 1 and trainer.step == 3
+        return dataclasses.replace(output, loss=output.loss * math.nan) if is_spoilt else output
+
+    EmbedTrainer._backward = backward  # type: ignore[method-assign]
+
+
+def test_a_loss_that_is_not_finite_stops_all_with_a_checkpoint(recipe_file: Path, tmp_path: Path) -> None:
+    with Launch([str(recipe_file), "parallel.dp_shard=2"], tmp_path / "logs", before=spoil) as launch:
+        assert launch.wait() == [1, 1]
+        last = launch.logs[0].read_text().splitlines()[-1]
+        assert last.startswith("error: loss: is nan; the weights were not changed.")
+        assert f"Stopped after step 3 of 8 and saved {tmp_path / 'run' / 'checkpoints' / 'step-00000003'}" in last
+        assert launch.text().count("error") == 1, launch.text()
+    with Launch([str(recipe_file)], tmp_path / "logs") as launch:
+        assert launch.wait() == [0, 0]
+    assert len(losses(tmp_path / "run")) == 8
+
+
+def test_variables_that_are_missing_are_told_by_one_rank(recipe_file: Path, tmp_path: Path) -> None:
+    with Launch([str(recipe_file)], tmp_path / "logs", missing=["MASTER_ADDR", "LOCAL_RANK"]) as launch:
+        assert launch.wait() == [1, 1]
+        told, silent = (log.read_text() for log in launch.logs)
+        assert told.startswith("error: LOCAL_RANK, MASTER_ADDR: not set, while RANK is 0; start the run with torchrun")
+        assert silent == ""
+
+
+def test_two_jobs_do_not_share_a_folder(recipe_file: Path, tmp_path: Path) -> None:
+    words = [str(recipe_file), "train.num_steps=500"]
+    with Launch(words, tmp_path / "first") as first:
+        while not (tmp_path / "run" / "checkpoints" / "latest").exists():
+            assert first.ranks[0].is_alive(), first.text()
+            time.sleep(0.02)
+        before = (tmp_path / "run" / "recipe.yaml").read_text()
+        with Launch([str(recipe_file), "train.num_steps=600"], tmp_path / "second") as second:
+            assert second.wait() == [1, 1]
+            told, silent = (log.read_text().splitlines() for log in second.logs)
+            holder = f"process {first.ranks[0].pid} on {socket.gethostname()}"
+            assert told[-1].startswith(f"error: output: {tmp_path / 'run'} is in use by {holder}; ")
+            assert silent == []
+        assert (tmp_path / "run" / "recipe.yaml").read_text() == before
+        assert all(rank.is_alive() for rank in first.ranks)
+        first.kill(0)
+        assert first.wait() == [-9, 1]
+    with Launch([*words, "train.save_every=400"], tmp_path / "third") as third:
+        while "continuing after step" not in third.text():
+            assert third.ranks[0].is_alive(), third.text()
+            time.sleep(0.02)
+
+
+def test_kills_at_any_moment_change_no_bit(tmp_path: Path) -> None:
+    """The short form of `make torture`."""
+    torture = Torture(tmp_path, shard=2, num_steps=14)
+    torture.run(["save", "step", "start", "save"])
+    assert torture.kills.total() == 4
+    assert torture.kills["save"] > 0, torture.kills
+    assert torture.num_restarts >= 2
