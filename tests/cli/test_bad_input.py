@@ -128,7 +128,7 @@ def test_a_recipe_may_be_mended_until_there_is_a_checkpoint(
     failed(refused, 1, f"{inputs}/data/qrels/dev.tsv: no such file; splits of this folder: test, train")
     assert ostro("train", recipe_file, "train.num_steps=1").code == 0
     refused = ostro("train", recipe_file, "train.num_steps=2")
-    failed(refused, 2, f"output: {tmp_path}/run holds a run of another recipe (-num_steps: 1; +num_steps: 2)")
+    failed(refused, 2, f"output: {tmp_path}/run holds a run of another recipe (train.num_steps: 1 -> 2)")
 
 
 def test_fewer_documents_than_k(ostro: Command, recipe_file: Path, inputs: Path) -> None:

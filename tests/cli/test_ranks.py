@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,11 +29,17 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def torchrun(folder: Path, *overrides: str, num_ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    words = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    words += ["--nproc-per-node", str(num_ranks), "-m", "ostro", "train", str(folder / "recipe.yaml"), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, timeout=110)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def command(folder: Path, *overrides: str, max_restarts: int = 0) -> list[str]:
+    words = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+    words += ["--max-restarts", str(max_restarts), "-m", "ostro", "train", str(folder / "recipe.yaml"), *overrides]
+    return [sys.executable, *words]
+
+
+def torchrun(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(folder, *overrides), capture_output=True, text=True, env=ENVIRONMENT, timeout=110)
 
 
 @pytest.mark.slow
@@ -55,3 +64,29 @@ def test_an_error_is_told_once(folder: Path, override: str, message: str) -> Non
     assert failed.returncode != 0
     assert failed.stderr.count(f"error: {message}") == 1, failed.stderr
     assert "src/ostro" not in failed.stderr  # torchrun adds a traceback of its own
+
+
+@pytest.mark.parametrize("folder", ["embed"], indirect=True)
+def test_torchrun_starts_a_run_again_that_lost_a_rank(folder: Path) -> None:
+    run = folder / "restarted"
+    overrides = [
+        f"output={run}",
+        "train.num_steps=30",
+        "train.save_every=2",
+        "evaluate=null",
+        "train.evaluate_every=null",
+    ]
+    words = command(folder, *overrides, "test=null", max_restarts=1)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        while not (run / "checkpoints" / "latest").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        rank_0 = int((run / "lock").read_text().split()[1])
+        os.kill(rank_0, signal.SIGKILL)
+        out, err = process.communicate(timeout=110)
+    assert process.returncode == 0, err
+    assert out.count(": continuing after step ") == 1, out
+    assert err.count(f"error: rank 0 of 2 (process {rank_0} on ") == 1, err
+    assert "src/ostro" not in err
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 31))

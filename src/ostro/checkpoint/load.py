@@ -48,6 +48,7 @@ def load_vlm(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
     shard: Callable[[Mistral3FP8VLMForConditionalGeneration], object] | None = None,
+    skip: Callable[[str], bool] | None = None,
 ) -> Mistral3FP8VLMForConditionalGeneration:
     """Loads a Mistral-3 vision-language model, in evaluation mode.
 
@@ -61,6 +62,7 @@ def load_vlm(
         dtype: Of the parameters: bfloat16, float32 or float16. Rotary frequencies are float32 in any case.
         device: Where the parameters go; the mesh's device, else the CPU, when None.
         shard: Applied to the model on the meta device in place of the default for `mesh`.
+        skip: Tells by runtime name which weights are not read: a checkpoint will fill them in.
 
     Returns:
         The model. Its `state_dict_adapter` is bound to the folder: layout, FP8 weights, their scales as stored, and the
@@ -92,7 +94,8 @@ def load_vlm(
     model.to_empty(device=_device(device, mesh))
     if is_tied:
         model.tie_weights()
-    read_into(reader, {name: tensor for name, tensor in model.state_dict().items() if not (is_tied and name == _HEAD)})
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if not (is_tied and name == _HEAD)}
+    read_into(reader, {name: tensor for name, tensor in wanted.items() if skip is None or not skip(name)})
     if (model.lm_head.weight is model.get_input_embeddings().weight) != is_tied:
         raise LayoutError(f"{folder}: head and embedding must {'' if is_tied else 'not '}be one after loading")
     num_rotary = rebuild_all_rotary(model)
@@ -213,6 +216,8 @@ def read_into(reader: Fp8StorageReader, state: dict[str, Any]) -> None:
     Raises:
         CheckpointError: When a file cannot be read, or holds infinite or nan values.
     """
+    if not state:
+        return
     try:
         with _by_itself():
             load(state, storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)

@@ -123,6 +123,32 @@ def build_encoder_backbone(
     return model
 
 
+def empty_encoder_backbone(
+    model_name_or_path: str, *, pooling: str, extract_submodel: str | None, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The backbone that `build_encoder_backbone` gives for `embedding`, with weights still to be filled in.
+
+    Args:
+        model_name_or_path: As there; its configuration is read and its weights are not.
+        pooling: As there, and so `extract_submodel`.
+        extract_submodel: Dotted path of the text tower.
+        dtype: Of the weights, which hold whatever was in memory.
+
+    Raises:
+        ValueError: As there, and so the others.
+        LayoutError: When the folder is of another family.
+        CheckpointError: When there is no configuration.
+    """
+    path, tower_config = _text_tower(model_name_or_path, _read_config(model_name_or_path), extract_submodel)
+    model_class = _model_class(f"{model_name_or_path}: {path or 'config.json'}", "embedding", tower_config)
+    config = _target_config(model_name_or_path, tower_config, model_class, pooling, None, None)
+    config.name_or_path = model_name_or_path
+    with torch.device("meta"):
+        weights = model_class(config).state_dict()
+    empty = {key: torch.empty(weight.shape, dtype=dtype) for key, weight in weights.items()}
+    return _assemble(model_class, config, empty, None)
+
+
 @torch.no_grad()
 def check_bidirectional(model: PreTrainedModel) -> None:
     """Probes that the first position sees the last token: without padding, with padding on the right, and on the left.

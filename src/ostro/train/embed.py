@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
 
 from ostro.data.loader import RetrievalLoader
 from ostro.data.retrieval import open_sources
@@ -22,7 +24,7 @@ from ostro.data.retrieval_collate import RetrievalBatch
 from ostro.errors import RecipeError
 from ostro.losses.cached import cached_backward
 from ostro.losses.contrastive import ContrastiveOutput, ContrastiveTargets, LearnedTemperature, contrastive_loss
-from ostro.models.backbone import build_encoder_backbone
+from ostro.models.backbone import build_encoder_backbone, empty_encoder_backbone
 from ostro.models.embedder import Embedder
 from ostro.models.packed import PackedTexts, micro_batches
 from ostro.models.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
@@ -33,7 +35,7 @@ from ostro.train.loop import run_steps
 from ostro.train.ranks import Ranks
 from ostro.train.recipe import EmbedRecipe
 from ostro.train.step import check_finite
-from ostro.train.trainer import Trainer
+from ostro.train.trainer import Trainer, find_checkpoint
 
 
 def run(recipe: EmbedRecipe, *, console: Console) -> embed_result.EmbedResult:
@@ -64,14 +66,15 @@ def run(recipe: EmbedRecipe, *, console: Console) -> embed_result.EmbedResult:
 
 def _run(recipe: EmbedRecipe, folder: Path, ranks: Ranks, console: Console) -> embed_result.EmbedResult:
     mesh = build_mesh(recipe.parallel, ranks.world_size, runtime.select_device().type)
+    checkpoint = find_checkpoint(folder, ranks)
     with ranks.agreed():
-        whole, tokenizer = build_embedder(recipe)
+        whole, tokenizer = build_embedder(recipe, is_resumed=checkpoint is not None)
         embedder = whole if mesh is None else split_embedder(whole, mesh, keep=ranks.is_main)
         trainer = EmbedTrainer(recipe, embedder, open_loader(recipe, tokenizer))
         trainer.whole = whole
     with trainer.batches, runtime.stop_on_signal() as stop:
         encoder = embed_result.run_encoder(recipe, whole, tokenizer)
-        trainer.resume(folder, console)
+        trainer.resume(checkpoint, console)
         run_steps(
             trainer,
             recipe.train,
@@ -87,8 +90,12 @@ def _run(recipe: EmbedRecipe, folder: Path, ranks: Ranks, console: Console) -> e
     return result or embed_result.EmbedResult(folder, folder / "weights")
 
 
-def build_embedder(recipe: EmbedRecipe) -> tuple[Embedder, TextTokenizer]:
+def build_embedder(recipe: EmbedRecipe, *, is_resumed: bool = False) -> tuple[Embedder, TextTokenizer]:
     """The model to train, on its device, and its tokenizer.
+
+    Args:
+        recipe: The run.
+        is_resumed: Whether a checkpoint will fill in the weights, so that they are not read.
 
     Raises:
         RecipeError: When the model has no part `model.extract_submodel`, or fewer dims than `loss.matryoshka_dims`.
@@ -96,13 +103,13 @@ def build_embedder(recipe: EmbedRecipe) -> tuple[Embedder, TextTokenizer]:
         CheckpointError: When the files cannot be read.
     """
     options, dims = recipe.model, recipe.loss.matryoshka_dims
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
+    build: Callable[..., PreTrainedModel] = partial(build_encoder_backbone, task="embedding")
+    if is_resumed:
+        build = empty_encoder_backbone
     try:
-        backbone = build_encoder_backbone(
-            options.weights,
-            "embedding",
-            pooling=options.pooling,
-            extract_submodel=options.extract_submodel,
-            dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype],
+        backbone = build(
+            options.weights, pooling=options.pooling, extract_submodel=options.extract_submodel, dtype=dtype
         )
     except ValueError as error:
         if options.extract_submodel is None:

@@ -59,7 +59,7 @@ def export_checkpoint(
 def _export_embedder(recipe: EmbedRecipe, checkpoint: Path, output: Path) -> int:
     from ostro.train import embed, embed_result
 
-    embedder, tokenizer = embed.build_embedder(recipe)
+    embedder, tokenizer = embed.build_embedder(recipe, is_resumed=True)
     loss_weights = {"log_temperature": torch.zeros(())} if recipe.loss.learned_temperature else {}
     step = load_weights(checkpoint, embedder, loss_weights)
     encoder = embed_result.run_encoder(recipe, embedder.eval(), tokenizer)
@@ -71,7 +71,7 @@ def _export_vlm(recipe: VlmRecipe, checkpoint: Path, output: Path) -> int:
     from ostro.inference.chat import Chat
     from ostro.train import vlm, vlm_result
 
-    model, encoder = vlm.build_model(recipe)
+    model, encoder = vlm.build_model(recipe, is_resumed=True)
     step = load_weights(checkpoint, model)
     vlm_result.export(recipe, Chat(model.eval(), encoder), output, step=step)
     return step

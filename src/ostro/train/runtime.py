@@ -5,7 +5,6 @@ It leaves the loops and their states to `embed` and `vlm`.
 
 from __future__ import annotations
 
-import difflib
 import errno
 import fcntl
 import importlib.metadata
@@ -14,16 +13,17 @@ import logging
 import os
 import platform
 import random
-import re
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy
 import torch
+import yaml
 
 from ostro.config import dump_recipe
 from ostro.errors import DataError, OstroError, RecipeError, ToldElsewhere
@@ -33,17 +33,12 @@ from ostro.train.recipe import EmbedRecipe, VlmRecipe
 
 logger = logging.getLogger(__name__)
 
-# Keys that decide how a run is done and not what comes out: these may change when it goes on.
-_FREE_KEYS = (
-    "micro_batch_tokens:",
-    "activation_checkpointing:",
-    "log_every:",
-    "evaluate_every:",
-    "save_every:",
-    "keep_last:",
-    "async_save:",
-)
-_FREE_BLOCK = re.compile(r"^parallel:\n(?: .*\n)*", re.MULTILINE)
+# Keys that decide how a run is done and not what comes out: these, and all of `parallel`, may change when it goes on.
+_FREE_KEYS = {
+    "data.micro_batch_tokens",
+    "model.activation_checkpointing",
+    *(f"train.{key}" for key in ("log_every", "evaluate_every", "save_every", "keep_last", "async_save")),
+}
 # What a disk that knows no locks answers.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # Packages whose version changes results; written beside every run.
@@ -260,17 +255,24 @@ def host_facts() -> dict[str, object]:
 
 def _check_same_recipe(recipe_file: Path, resolved_recipe: str) -> None:
     earlier, now = (
-        [line for line in _FREE_BLOCK.sub("", text).splitlines() if not line.strip().startswith(_FREE_KEYS)]
-        for text in (recipe_file.read_text(encoding="utf-8"), resolved_recipe)
+        _by_dotted_key(yaml.safe_load(text)) for text in (recipe_file.read_text(encoding="utf-8"), resolved_recipe)
     )
     changed = [
-        line
-        for line in difflib.unified_diff(earlier, now, lineterm="", n=0)
-        if line[:1] in "+-" and not line.startswith(("---", "+++"))
+        f"{key}: {earlier.get(key, 'absent')} -> {now.get(key, 'absent')}"
+        for key in {**earlier, **now}
+        if earlier.get(key) != now.get(key) and key not in _FREE_KEYS and not key.startswith("parallel.")
     ]
     if changed:
-        shown = "; ".join(line[0] + line[1:].strip() for line in changed[:10])
+        more = f"; and {len(changed) - 10} more" if len(changed) > 10 else ""
         raise RecipeError(
-            f"output: {recipe_file.parent} holds a run of another recipe ({shown}); "
+            f"output: {recipe_file.parent} holds a run of another recipe ({'; '.join(changed[:10])}{more}); "
             "choose another output or remove the folder"
         )
+
+
+def _by_dotted_key(block: Any, prefix: str = "") -> dict[str, object]:
+    """The values of a recipe, by key such as `data.train.0.path`."""
+    if not isinstance(block, (dict, list)):
+        return {prefix[:-1]: block}
+    entries = block.items() if isinstance(block, dict) else enumerate(block)
+    return {key: value for name, entry in entries for key, value in _by_dotted_key(entry, f"{prefix}{name}.").items()}

@@ -218,22 +218,14 @@ class Trainer(abc.ABC):
         with self.ranks.agreed():
             self.saver.finish()
 
-    def resume(self, folder: Path, console: Console) -> None:
-        """Continues from the latest checkpoint of the run folder, if there is one, on whatever number of ranks.
+    def resume(self, path: Path | None, console: Console) -> None:
+        """Continues from a checkpoint, if there is one, on whatever number of ranks.
 
         Distributed: every rank reads the files.
         """
-        with self.ranks.agreed():
-            path = latest_train_state(folder / "checkpoints")
-        seen = self.ranks.gather(path)
-        if path is None and not any(seen):
+        if path is None:
             return
         with self.ranks.agreed():
-            if path is None or len(set(seen)) > 1:
-                raise CheckpointError(
-                    f"output: {folder} holds other checkpoints for some ranks ({', '.join(map(str, seen))}); put it on "
-                    "a disk that all of them share"
-                )
             # random: a run may move between CPU and CUDA, and to another number of ranks
             state = load_train_state(path, {**vars(self.state()), "random": {}})
             self.step, self.num_tokens = state["step"], state["num_tokens"]
@@ -244,6 +236,26 @@ class Trainer(abc.ABC):
             runtime.restore_random_state(random)
         self._mark_position()
         console.out(f"{path}: continuing after step {self.step} of {self.num_steps}", highlight=False)
+
+
+def find_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
+    """The checkpoint of a run folder to go on from; None for a new run.
+
+    Raises:
+        CheckpointError: When the ranks see different ones.
+
+    Distributed: every rank looks.
+    """
+    with ranks.agreed():
+        path = latest_train_state(folder / "checkpoints")
+    seen = ranks.gather(path)
+    with ranks.agreed():
+        if len(set(seen)) > 1:
+            raise CheckpointError(
+                f"output: {folder} holds other checkpoints for some ranks ({', '.join(map(str, seen))}); put it on "
+                "a disk that all of them share"
+            )
+    return path
 
 
 def load_weights(path: Path, module: torch.nn.Module, loss_weights: Mapping[str, torch.Tensor] | None = None) -> int:

@@ -31,11 +31,11 @@ from ostro.parallel.mesh import build_mesh
 from ostro.train import runtime, vlm_result
 from ostro.train.flops import peak_flops, step_flops
 from ostro.train.loop import run_steps
-from ostro.train.parts import PARTS, freeze, rate_factors
+from ostro.train.parts import PARTS, freeze, part_of, rate_factors
 from ostro.train.ranks import Ranks
 from ostro.train.recipe import VlmRecipe
 from ostro.train.step import check_finite
-from ostro.train.trainer import Trainer
+from ostro.train.trainer import Trainer, find_checkpoint
 from ostro.train.vlm_loss import packed_loss
 
 
@@ -66,13 +66,15 @@ def run(recipe: VlmRecipe, *, console: Console) -> vlm_result.VlmResult:
 
 def _run(recipe: VlmRecipe, folder: Path, ranks: Ranks, console: Console) -> vlm_result.VlmResult:
     mesh = build_mesh(recipe.parallel, ranks.world_size, runtime.select_device().type)
+    checkpoint = find_checkpoint(folder, ranks)
+    is_resumed = checkpoint is not None
     with ranks.agreed():
-        model, encoder = build_model(recipe, mesh)
+        model, encoder = build_model(recipe, mesh, is_resumed=is_resumed)
         trainer = VlmTrainer(recipe, model, open_loader(recipe, encoder))
-        whole = build_model(recipe)[0] if trainer.is_split and ranks.is_main else model
+        whole = build_model(recipe, is_resumed=is_resumed)[0] if trainer.is_split and ranks.is_main else model
         trainer.whole, chat = whole, Chat(whole, encoder)
     with trainer.batches, runtime.stop_on_signal() as stop:
-        trainer.resume(folder, console)
+        trainer.resume(checkpoint, console)
         during = partial(vlm_result.evaluate_during, recipe.evaluate, chat) if recipe.evaluate else None
         before = partial(vlm_result.evaluate_untrained, recipe, chat)
         run_steps(trainer, recipe.train, recipe.track, folder, console, stop=stop, before=before, evaluate=during)
@@ -82,13 +84,14 @@ def _run(recipe: VlmRecipe, folder: Path, ranks: Ranks, console: Console) -> vlm
 
 
 def build_model(
-    recipe: VlmRecipe, mesh: DeviceMesh | None = None
+    recipe: VlmRecipe, mesh: DeviceMesh | None = None, *, is_resumed: bool = False
 ) -> tuple[Mistral3FP8VLMForConditionalGeneration, ConversationEncoder]:
     """The model to train, on its device with its frozen parts, and what turns conversations into its tokens.
 
     Args:
         recipe: The run.
         mesh: Ranks that split its weights, which are then float32; each reads its rows alone.
+        is_resumed: Whether a checkpoint will fill in the trained weights, so that they are not read.
 
     Raises:
         RecipeError: When a part to freeze is not in the model.
@@ -105,11 +108,12 @@ def build_model(
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
     folder = fetch_weights(options.weights)
     device = runtime.select_device()
+    skip = (lambda name: part_of(name) not in options.freeze) if is_resumed else None
     if mesh is None:
-        model = load_vlm(folder, dtype=dtype, device=device)
+        model = load_vlm(folder, dtype=dtype, device=device, skip=skip)
     else:
         shard = partial(shard_parameters, mesh=mesh, compute_dtype=dtype)
-        model = load_vlm(folder, dtype=torch.float32, device=device, shard=shard)
+        model = load_vlm(folder, dtype=torch.float32, device=device, shard=shard, skip=skip)
     encoder = open_conversation_encoder(
         folder, model.config, max_tokens=recipe.data.max_tokens, too_long=recipe.data.too_long
     )

@@ -21,6 +21,7 @@ from ostro.checkpoint.train_state import latest_train_state
 from ostro.errors import OstroError, RecipeError
 from ostro.inference.encoder import Encoder
 from ostro.train import embed, runtime
+from ostro.train.trainer import find_checkpoint
 from tests.helpers.runs import make_inputs, recipe
 
 
@@ -103,6 +104,23 @@ def test_a_signal_stops_after_the_step_with_the_shells_exit_code(
     assert signal.getsignal(number) is before
 
 
+def test_going_on_does_not_read_the_first_weights(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(inputs / "weights", tmp_path / "weights")
+    blocks: dict[str, Any] = {"model": {"weights": str(tmp_path / "weights")}}
+    embed.run(recipe(inputs, tmp_path / "whole"), console=quiet())
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 3)
+        with pytest.raises(runtime.Stopped):
+            embed.run(recipe(inputs, tmp_path / "parts", **blocks), console=quiet())
+    for file in (tmp_path / "weights").glob("*.safetensors"):
+        file.unlink()
+    embed.run(recipe(inputs, tmp_path / "parts", **blocks), console=quiet())
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(exported(tmp_path / "parts"), exported(tmp_path / "whole"))
+
+
 def test_a_finished_run_is_not_trained_again(inputs: Path, tmp_path: Path) -> None:
     run = recipe(inputs, tmp_path / "run")
     first = embed.run(run, console=quiet())
@@ -114,7 +132,7 @@ def test_a_finished_run_is_not_trained_again(inputs: Path, tmp_path: Path) -> No
 
 def test_another_recipe_in_the_same_output_is_refused(inputs: Path, tmp_path: Path) -> None:
     embed.run(recipe(inputs, tmp_path / "run", train={"num_steps": 1}), console=quiet())
-    with pytest.raises(RecipeError, match=r"output: .*another recipe \(-num_steps: 1; \+num_steps: 2\)"):
+    with pytest.raises(RecipeError, match=r"output: .*another recipe \(train.num_steps: 1 -> 2\)"):
         embed.run(recipe(inputs, tmp_path / "run", train={"num_steps": 2}), console=quiet())
 
 
@@ -217,7 +235,7 @@ def test_the_checkpoint_holds_every_field_of_the_state(inputs: Path, tmp_path: P
         embedder, tokenizer = embed.build_embedder(run)
     with embed.open_loader(run, tokenizer) as loader:
         fresh = embed.EmbedTrainer(run, embedder, loader)
-        fresh.resume(tmp_path, quiet())
+        fresh.resume(find_checkpoint(tmp_path, fresh.ranks), quiet())
         assert (fresh.step, fresh.num_tokens) == (1, trainer.num_tokens)
         assert fresh.state().loader == state.loader
         for name, weight in state.weights.items():

@@ -55,5 +55,5 @@ def test_the_mesh_may_change_between_resumes(tmp_path: Path) -> None:
     ]
     for text in (*texts, "seed: 1\ntrack: {}\n"):
         open_run_folder(tmp_path, text)
-    with pytest.raises(RecipeError, match=r"-seed: 1; \+seed: 2"):
+    with pytest.raises(RecipeError, match=r"\(seed: 1 -> 2\); choose"):
         open_run_folder(tmp_path, "seed: 2\nparallel:\n  dp_replicate: 2\ntrack: {}\n")

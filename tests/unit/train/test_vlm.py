@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import Mistral3ForConditionalGeneration
 
-from ostro.errors import DataError, OstroError, RecipeError
+from ostro.checkpoint.files import read_headers
+from ostro.errors import CheckpointError, DataError, OstroError, RecipeError
 from ostro.inference.chat import Chat
 from ostro.train import runtime, vlm
 from ostro.train.export_run import export_checkpoint
@@ -100,6 +102,29 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert one.keys() == other.keys()
     for key, tensor in one.items():
         assert same_bytes(tensor, other[key]), key
+
+
+def test_going_on_reads_the_frozen_weights_alone(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(inputs / "weights", tmp_path / "weights")
+    frozen = {"freeze": ["vision"]}
+    whole = recipe(inputs, tmp_path / "whole", model=frozen)
+    parts = recipe(inputs, tmp_path / "parts", model={**frozen, "weights": str(tmp_path / "weights")})
+    vlm.run(whole, console=quiet())
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(runtime.Stopped):
+            vlm.run(parts, console=quiet())
+    for tensor in read_headers(tmp_path / "weights"):
+        if "vision" not in tensor.key and "scale" not in tensor.key:
+            with tensor.file.open("r+b") as file:  # nan in every type, which the reader refuses
+                file.seek(tensor.begin)
+                file.write(b"\xff" * tensor.num_bytes)
+    with pytest.raises(CheckpointError, match="not finite|nan"):
+        vlm.build_model(parts)
+    vlm.run(parts, console=quiet())
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def test_micro_batches_change_no_result(inputs: Path, tmp_path: Path) -> None:
