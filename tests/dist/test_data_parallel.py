@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -34,7 +35,10 @@ Steps = tuple[list[dict[str, float]], dict[str, torch.Tensor], dict[str, torch.T
 
 # A large eps: the first step of Adam is else the sign of the gradient, also where that is rounding noise around 0.
 OPTIMIZER = {"learning_rate": 1e-3, "eps": 1e-3}
-MESHES = pytest.mark.parametrize(("replicate", "shard"), [(2, 1), (4, 1), (1, 2), (1, 3), (2, 2)])
+MESHES = pytest.mark.parametrize(
+    ("replicate", "shard", "tp"),
+    [(2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 3, 1), (2, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2)],
+)
 FLOAT32 = {"optimizer": OPTIMIZER, "schedule": {"warmup_steps": 0}}
 
 
@@ -73,10 +77,10 @@ def _trainer(recipe: EmbedRecipe | VlmRecipe) -> Trainer:
     mesh = build_mesh(recipe.parallel, Ranks.current().world_size, "cpu")
     if isinstance(recipe, EmbedRecipe):
         embedder, tokenizer = embed.build_embedder(recipe)
-        embedder = embedder if mesh is None else embed.split_embedder(embedder, mesh, keep=False)
-        return embed.EmbedTrainer(recipe, embedder, embed.open_loader(recipe, tokenizer))
+        embedder = embed.split_embedder(embedder, mesh, keep=False)
+        return embed.EmbedTrainer(recipe, embedder, embed.open_loader(recipe, tokenizer, mesh), mesh)
     model, encoder = vlm.build_model(recipe, mesh)
-    return vlm.VlmTrainer(recipe, model, vlm.open_loader(recipe, encoder))
+    return vlm.VlmTrainer(recipe, model, vlm.open_loader(recipe, encoder, mesh), mesh)
 
 
 def _steps(group: dist.ProcessGroup | None, recipe: EmbedRecipe | VlmRecipe, num_steps: int) -> Steps:
@@ -93,9 +97,9 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
-def _laid_out(recipe: EmbedRecipe | VlmRecipe, replicate: int, shard: int) -> EmbedRecipe | VlmRecipe:
+def _laid_out(recipe: EmbedRecipe | VlmRecipe, replicate: int, shard: int, tp: int = 1) -> EmbedRecipe | VlmRecipe:
     """The recipe with its ranks on a mesh."""
-    return recipe.model_copy(update={"parallel": ParallelOptions(dp_replicate=replicate, dp_shard=shard)})
+    return recipe.model_copy(update={"parallel": ParallelOptions(dp_replicate=replicate, dp_shard=shard, tp=tp)})
 
 
 def _compare(results: list[Steps], expected: Steps, *, is_split: bool = False) -> None:
@@ -119,13 +123,13 @@ def _compare(results: list[Steps], expected: Steps, *, is_split: bool = False) -
 
 @MESHES
 def test_embedding_steps_are_those_of_one_process(
-    ranks: RankPool, inputs: Path, tmp_path: Path, replicate: int, shard: int
+    ranks: RankPool, inputs: Path, tmp_path: Path, replicate: int, shard: int, tp: int
 ) -> None:
     recipe = embed_recipe(inputs, tmp_path, loss={"symmetric": True, "learned_temperature": True})
     expected = _steps(None, recipe, 4)
     assert [row["num_tokens"] for row in expected[0]][3] < expected[0][0]["num_tokens"] / 2
-    recipe = _laid_out(recipe, replicate, shard)
-    _compare(ranks.run(_steps, recipe, 4, world_size=replicate * shard), expected, is_split=shard > 1)
+    recipe = _laid_out(recipe, replicate, shard, tp)
+    _compare(ranks.run(_steps, recipe, 4, world_size=replicate * shard * tp), expected, is_split=shard * tp > 1)
 
 
 def test_accumulated_embedding_steps(ranks: RankPool, inputs: Path, tmp_path: Path) -> None:
@@ -135,46 +139,50 @@ def test_accumulated_embedding_steps(ranks: RankPool, inputs: Path, tmp_path: Pa
 
 @MESHES
 def test_vision_language_steps_are_those_of_one_process(
-    ranks: RankPool, inputs: Path, tmp_path: Path, replicate: int, shard: int
+    ranks: RankPool, inputs: Path, tmp_path: Path, replicate: int, shard: int, tp: int
 ) -> None:
     recipe = vlm_recipe(inputs, tmp_path)
     expected = _steps(None, recipe, 2)
-    recipe = _laid_out(recipe, replicate, shard)
-    _compare(ranks.run(_steps, recipe, 2, world_size=replicate * shard), expected, is_split=shard > 1)
+    recipe = _laid_out(recipe, replicate, shard, tp)
+    _compare(ranks.run(_steps, recipe, 2, world_size=replicate * shard * tp), expected, is_split=shard * tp > 1)
 
 
 @MESHES
 def test_a_rank_may_see_text_alone(
-    ranks: RankPool, inputs: Path, tmp_path: Path, replicate: int, shard: int
+    ranks: RankPool, inputs: Path, tmp_path: Path, replicate: int, shard: int, tp: int
 ) -> None:
     recipe = mixed_recipe(inputs, tmp_path)
     expected = _steps(None, recipe, 2)
     assert [row["num_images"] for row in expected[0]] == [4, 0]
-    recipe = _laid_out(recipe, replicate, shard)
-    _compare(ranks.run(_steps, recipe, 2, world_size=replicate * shard), expected, is_split=shard > 1)
+    recipe = _laid_out(recipe, replicate, shard, tp)
+    _compare(ranks.run(_steps, recipe, 2, world_size=replicate * shard * tp), expected, is_split=shard * tp > 1)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("freeze", [["vision"], ["embeddings", "language_model"]])
-def test_a_split_model_with_frozen_parts(ranks: RankPool, inputs: Path, tmp_path: Path, freeze: list[str]) -> None:
+def test_a_split_model_with_frozen_parts(
+    ranks: RankPool, inputs: Path, tmp_path: Path, freeze: list[str], tp: int
+) -> None:
     """Also with its activations computed again."""
     recipe = mixed_recipe(inputs, tmp_path)
     frozen = recipe.model.model_copy(update={"freeze": tuple(freeze), "activation_checkpointing": True})
     recipe = recipe.model_copy(update={"model": frozen})
     expected = _steps(None, recipe, 2)
     assert expected[0][1]["num_images"] == 0
-    _compare(ranks.run(_steps, _laid_out(recipe, 1, 2), 2), expected, is_split=True)
+    _compare(ranks.run(_steps, _laid_out(recipe, 1, 2, tp), 2, world_size=2 * tp), expected, is_split=True)
 
 
+@pytest.mark.parametrize(("shard", "tp"), [(2, 1), (1, 2)])
 @pytest.mark.parametrize("kind", ["embed", "vlm"])
 def test_a_split_run_in_bfloat16_exports_what_it_trained(
-    ranks: RankPool, inputs: Path, tmp_path: Path, kind: str
+    ranks: RankPool, inputs: Path, tmp_path: Path, kind: str, shard: int, tp: int
 ) -> None:
     make = embed_recipe if kind == "embed" else vlm_recipe
     model = {"weights": str(inputs / kind / "weights"), "dtype": "bfloat16"}
     blocks: dict[str, Any] = {"model": model} | ({"export": {"precision": "bf16"}} if kind == "vlm" else {})
     one, split = (make(inputs, tmp_path / name, **blocks) for name in ("one", "split"))
     _run(None, one, None)
-    shown, _ = ranks.run(_run, _laid_out(split, 1, 2), None)
+    shown, _ = ranks.run(_run, _laid_out(split, 1, shard, tp), None)
     assert "before training" in shown
     assert "step 3  " in shown
     # bfloat16 products in batches of other sizes
@@ -252,18 +260,28 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["embed", "vlm"])
 @pytest.mark.parametrize(
-    ("before", "after"), [((2, 1), (1, 1)), ((1, 1), (1, 2)), ((2, 1), (2, 2)), ((1, 2), (1, 1)), ((1, 4), (1, 2))]
+    ("before", "after"),
+    [
+        ((2, 1), (1, 1)),
+        ((1, 1), (1, 2)),
+        ((2, 1), (2, 2)),
+        ((1, 2), (1, 1)),
+        ((1, 4), (1, 2)),
+        ((1, 1, 2), (2, 1)),
+        ((1, 2), (1, 2, 2)),
+        ((1, 2, 2), (1, 1)),
+    ],
 )
 def test_a_run_goes_on_with_another_number_of_ranks(
-    ranks: RankPool, inputs: Path, tmp_path: Path, kind: str, before: tuple[int, int], after: tuple[int, int]
+    ranks: RankPool, inputs: Path, tmp_path: Path, kind: str, before: tuple[int, ...], after: tuple[int, ...]
 ) -> None:
     make = embed_recipe if kind == "embed" else vlm_recipe
     blocks = {"train": {"num_steps": 6, "evaluate_every": None}}
     whole, parts = (make(inputs, tmp_path / name, **blocks) for name in ("whole", "parts"))
     whole, parts = (recipe.model_copy(update={"evaluate": None, "test": None}) for recipe in (whole, parts))
 
-    def run(recipe: EmbedRecipe | VlmRecipe, mesh: tuple[int, int], stop_after: int | None = None) -> list[str]:
-        recipe, world_size = _laid_out(recipe, *mesh), mesh[0] * mesh[1]
+    def run(recipe: EmbedRecipe | VlmRecipe, mesh: tuple[int, ...], stop_after: int | None = None) -> list[str]:
+        recipe, world_size = _laid_out(recipe, *mesh), math.prod(mesh)
         if world_size == 1:
             return [_run(None, recipe, stop_after)]
         return ranks.run(_run, recipe, stop_after, world_size=world_size)

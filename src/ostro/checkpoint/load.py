@@ -37,7 +37,7 @@ from ostro.parallel.apply import shard_parameters
 
 logger = logging.getLogger(__name__)
 
-_HEAD = "lm_head.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
@@ -61,7 +61,8 @@ def load_vlm(
             `shard` does.
         dtype: Of the parameters: bfloat16, float32 or float16. Rotary frequencies are float32 in any case.
         device: Where the parameters go; the mesh's device, else the CPU, when None.
-        shard: Applied to the model on the meta device in place of the default for `mesh`.
+        shard: Applied to the model on the meta device in place of the default for `mesh`. It may take out parts, whose
+            weights are then not read.
         skip: Tells by runtime name which weights are not read: a checkpoint will fill them in.
 
     Returns:
@@ -92,11 +93,12 @@ def load_vlm(
     elif mesh is not None:
         shard_parameters(model, mesh)
     model.to_empty(device=_device(device, mesh))
-    if is_tied:
+    has_both = {_HEAD, _EMBEDDING} <= model.state_dict().keys()
+    if is_tied and has_both:
         model.tie_weights()
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not (is_tied and name == _HEAD)}
     read_into(reader, {name: tensor for name, tensor in wanted.items() if skip is None or not skip(name)})
-    if (model.lm_head.weight is model.get_input_embeddings().weight) != is_tied:
+    if has_both and (model.lm_head.weight is model.get_input_embeddings().weight) != is_tied:
         raise LayoutError(f"{folder}: head and embedding must {'' if is_tied else 'not '}be one after loading")
     num_rotary = rebuild_all_rotary(model)
     model.state_dict_adapter = model.state_dict_adapter.bound(

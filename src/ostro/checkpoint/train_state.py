@@ -178,7 +178,12 @@ def latest_train_state(folder: Path) -> Path | None:
     return None
 
 
-def load_train_state(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+def tensor_names(state: Mapping[str, Any]) -> list[str]:
+    """The names that the tensors of a state have in the files."""
+    return list(_split(state)[1])
+
+
+def load_train_state(path: Path, state: Mapping[str, Any], *, elsewhere: Collection[str] = ()) -> dict[str, Any]:
     """Reads a checkpoint into a state of the same form.
 
     Args:
@@ -186,6 +191,7 @@ def load_train_state(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         state: The state as it stands now. Its tensors are overwritten in place. An entry without a tensor, such as an
             optimizer's before the first step, says nothing about form: it is read as it was saved, its tensors on the
             CPU.
+        elsewhere: Names of tensors that other ranks have in their states: not read, and not missed here.
 
     Returns:
         The saved mapping: plain values as they were saved, tensors those of `state` or new ones.
@@ -199,7 +205,12 @@ def load_train_state(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     targets = _split(state)[1]
     try:
         stored = FileSystemReader(path).read_metadata().state_dict_metadata
-        saved = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+        absent = set(elsewhere) - targets.keys()
+        saved = {
+            name: entry
+            for name, entry in stored.items()
+            if isinstance(entry, TensorStorageMetadata) and name not in absent
+        }
         plain = _load(path, {_PLAIN: _Plain({})})[_PLAIN].state
         _check_form(path, state, plain, targets, saved)
         for name, entry in saved.items():
@@ -273,7 +284,8 @@ def _join(plain: Mapping[Any, Any], tensors: Mapping[str, torch.Tensor]) -> dict
             return tensors[value.name]
         return _join(value, tensors) if isinstance(value, Mapping) else value
 
-    return {key: restore(value) for key, value in plain.items()}
+    here = (item for item in plain.items() if not isinstance(item[1], _TensorMark) or item[1].name in tensors)
+    return {key: restore(value) for key, value in here}
 
 
 @contextmanager

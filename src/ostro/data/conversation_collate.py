@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from ostro.data.conversation_tokens import NOTHING, EncodedConversation
 from ostro.data.images import ImageTokens, Pixels, normalize
@@ -108,6 +109,24 @@ def with_blank(batch: ConversationBatch, blank: ConversationBatch) -> Conversati
         labels=torch.cat((batch.labels, blank.labels)),
         lengths=batch.lengths + blank.lengths,
         num_supervised=batch.num_supervised,
+    )
+
+
+def filled(batch: ConversationBatch, num_tokens: int) -> ConversationBatch:
+    """A batch with so many tokens in all: where some are missing, a last conversation without a label has them.
+
+    Args:
+        batch: On the CPU.
+        num_tokens: At least those of the batch.
+    """
+    missing = num_tokens - batch.num_tokens
+    if not missing:
+        return batch
+    return replace(
+        batch,
+        input_ids=F.pad(batch.input_ids, (0, missing)),
+        labels=F.pad(batch.labels, (0, missing), value=NOTHING),
+        lengths=(*batch.lengths, missing),
     )
 
 

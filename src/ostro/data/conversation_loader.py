@@ -28,7 +28,7 @@ from ostro.data.conversation_options import ConversationDataOptions
 from ostro.data.conversation_tokens import ConversationEncoder
 from ostro.data.images import ImageTokens
 from ostro.errors import DataError, RecipeError
-from ostro.models.packed import micro_batches
+from ostro.models.packed import even_micro_batches, micro_batches
 
 # A step holds all its pixels, which can be large; one is enough to hide the reading.
 _PREPARED_STEPS = 1
@@ -40,7 +40,8 @@ class ConversationStep:
     """What one rank needs for one optimizer step.
 
     Attributes:
-        micro_batches: Longest conversations first, each of at most `micro_batch_tokens` tokens.
+        micro_batches: Each of at most `micro_batch_tokens` tokens; longest conversations first, or evenly where the
+            loader was asked for a number of them.
         num_supervised: Labels of all micro-batches of this rank that are not -100.
         num_tokens: Tokens of all of them.
         num_images: Images of all of them.
@@ -129,6 +130,7 @@ class ConversationLoader(BackgroundLoader[ConversationStep]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        num_micro_batches: int = 1,
     ) -> None:
         """Starts at the first step; the thread starts with the first `next`.
 
@@ -139,6 +141,7 @@ class ConversationLoader(BackgroundLoader[ConversationStep]):
             seed: Decides every order, >= 0; the same on every rank.
             rank: This rank, from 0.
             world_size: Number of ranks that share each step.
+            num_micro_batches: Of every step, at least, where it has as many conversations.
 
         Raises:
             RecipeError: When there are more ranks than conversations in a step.
@@ -154,7 +157,7 @@ class ConversationLoader(BackgroundLoader[ConversationStep]):
         super().__init__()
         self._sources, self._encoder, self._options, self._seed = sources, encoder, options, seed
         self._plan = SamplePlan(sources, options, seed=seed)
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._num_micro_batches = rank, world_size, num_micro_batches
         self._num_samples = 0
         self._next_sample = 0
 
@@ -226,7 +229,11 @@ class ConversationLoader(BackgroundLoader[ConversationStep]):
         conversations = [self._sources[source][row] for source, row in map(self._plan.__getitem__, share)]
         with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="conversation-reader") as readers:
             encoded = list(readers.map(self._encoder.encode, conversations))
-        groups = micro_batches([len(item.token_ids) for item in encoded], self._options.micro_batch_tokens)
+        lengths, budget = [len(item.token_ids) for item in encoded], self._options.micro_batch_tokens
+        if self._num_micro_batches > 1:
+            groups = even_micro_batches(lengths, budget, self._num_micro_batches)
+        else:
+            groups = micro_batches(lengths, budget)
         batches = tuple(collate([encoded[index] for index in group]) for group in groups)
         return ConversationStep(
             micro_batches=batches,

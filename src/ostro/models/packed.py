@@ -19,6 +19,7 @@ Shapes: B texts, T tokens in all, H hidden size, h heads, d head size.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -142,6 +143,30 @@ def micro_batches(lengths: Sequence[int], micro_batch_tokens: int) -> list[list[
         groups[-1].append(index)
         room -= lengths[index]
     return groups
+
+
+def even_micro_batches(lengths: Sequence[int], micro_batch_tokens: int, num_at_least: int) -> list[list[int]]:
+    """Groups texts as `micro_batches` does, but so that all groups have about the same number of tokens.
+
+    Args:
+        lengths: Tokens of each text.
+        micro_batch_tokens: Budget per group, >= 1. A text longer than the budget gets a group of its own.
+        num_at_least: Number of groups, where there are as many texts; more where the budget asks for it.
+
+    Returns:
+        Groups of indices into `lengths`; every index appears once.
+    """
+    num_groups = max(num_at_least, -(-sum(lengths) // micro_batch_tokens))
+    while True:
+        groups: list[list[int]] = [[] for _ in range(num_groups)]
+        totals = [(0, group) for group in range(num_groups)]
+        for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            total, group = totals[0]
+            groups[group].append(index)
+            heapq.heapreplace(totals, (total + lengths[index], group))
+        if all(total <= micro_batch_tokens or len(groups[group]) == 1 for total, group in totals):
+            return [group for group in groups if group]
+        num_groups += 1
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:

@@ -1,5 +1,5 @@
-"""What is applied to a plain model from outside before training: activation checkpointing, and parameters split over
-ranks.
+"""What is applied to a plain model from outside before training: layers split over ranks, activation checkpointing, and
+parameters split over ranks; `prepare` does all three in the order that they need.
 
 Each stage logs one line with the number of modules it touched, and raises when it matched none.
 """
@@ -8,14 +8,124 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ostro.parallel.mesh import Mesh, check_fits
+from ostro.parallel.plans import Plan, Role
+from ostro.parallel.vocabulary import SplitEmbedding, SplitHead
+
 logger = logging.getLogger(__name__)
+
+_STYLES: dict[Role, ParallelStyle] = {
+    "input": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate()),
+    "hidden_states": PrepareModuleInput(
+        input_kwarg_layouts={"hidden_states": Replicate()}, desired_input_kwarg_layouts={"hidden_states": Replicate()}
+    ),
+    "outputs": ColwiseParallel(),
+    "inputs": RowwiseParallel(),
+}
+
+
+def prepare(
+    model: PreTrainedModel,
+    plan: Plan,
+    mesh: Mesh | None,
+    *,
+    activation_checkpointing: bool = False,
+    compute_dtype: torch.dtype | None = None,
+) -> None:
+    """Applies what the mesh and the recipe ask for: layers split over `tp`, then activation checkpointing, then
+    parameters split over `dp_shard`, which takes the parts of a layer for its whole.
+
+    Args:
+        model: On any device, also the meta device.
+        plan: How its layers are split.
+        mesh: Of the run; None for one process.
+        activation_checkpointing: Whether layers compute their activations again.
+        compute_dtype: What parameters split over `dp_shard` are gathered as, as in `shard_parameters`.
+
+    Raises:
+        RecipeError: When the model cannot be cut as the mesh asks.
+        ValueError: When a pattern of the plan matches nothing.
+
+    Distributed: no collectives; `model` must be the same on every rank.
+    """
+    if mesh is not None:
+        check_fits(mesh.sizes, model.config.get_text_config())
+        if (tp := mesh.along("tp")) is not None:
+            split_layers(model, plan, tp)
+    if activation_checkpointing:
+        checkpoint_activations(model)
+    if mesh is not None and mesh.fsdp is not None:
+        shard_parameters(model, mesh.fsdp, compute_dtype=compute_dtype)
+
+
+def split_layers(model: torch.nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
+    """Splits layers over ranks: each keeps its rows or columns of their weights, which become DTensors.
+
+    Weights that modules share stay shared.
+
+    Args:
+        model: On any device, also the meta device.
+        plan: Roles by module name.
+        mesh: 1-D.
+
+    Raises:
+        ValueError: When a pattern matches no module.
+
+    Distributed: no collectives; each rank keeps its part of the weights it has. Every rank must run the same modules on
+        the same inputs.
+    """
+    names = dict(model.named_modules())
+    shared: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(weight), []).append(name)
+    num_split = 0
+    for pattern, role in plan.items():
+        matched = [name for name in names if re.fullmatch(pattern, name)]
+        if not matched:
+            raise ValueError(f"{pattern}: no module of {type(model).__name__} has such a name")
+        for name in matched:
+            if role in ("vocabulary", "head"):
+                _split_vocabulary(model, name, mesh)
+            else:
+                # without a source: every rank has the whole weight, or none has storage yet
+                parallelize_module(names[name], mesh, _STYLES[role], src_data_rank=None)
+        num_split += len(matched)
+    for first, *others in shared.values():
+        for name in others:
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent).register_parameter(child, model.get_parameter(first))
+    logger.info("layers split over %d ranks: %d modules", mesh.size(), num_split)
+
+
+def _split_vocabulary(model: torch.nn.Module, name: str, mesh: DeviceMesh) -> None:
+    whole = model.get_submodule(name)
+    split: SplitEmbedding | SplitHead
+    with torch.device("meta"):
+        if isinstance(whole, torch.nn.Embedding):
+            split = SplitEmbedding(whole.num_embeddings, whole.embedding_dim, whole.padding_idx)
+        else:
+            assert isinstance(whole, torch.nn.Linear)  # the plan says so
+            split = SplitHead(whole.in_features, whole.out_features, bias=False)
+    weight = distribute_tensor(whole.weight, mesh, [Shard(0)], src_data_rank=None)
+    split.weight = torch.nn.Parameter(weight, requires_grad=whole.weight.requires_grad)
+    model.set_submodule(name, split.train(whole.training))
 
 
 def checkpoint_activations(model: torch.nn.Module) -> None:

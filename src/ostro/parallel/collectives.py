@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 # 128 MiB of float32: large enough that the links are full, small beside the gradients themselves.
 _BUCKET_ENTRIES = 2**25
@@ -93,6 +94,24 @@ def _pad_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, num_rows - rows.shape[0])).contiguous()
 
 
+def gather_whole(tensor: DTensor) -> torch.Tensor:
+    """All of a tensor that is split over ranks, without a gradient.
+
+    Equal to `tensor.full_tensor()`, which logs a warning where rows are split along two axes of a mesh.
+
+    Args:
+        tensor: On any mesh.
+
+    Distributed: one all-gather for each axis that splits it.
+    """
+    placements: list[Placement] = list(tensor.placements)
+    with torch.no_grad():
+        for axis in range(len(placements)):
+            placements[axis] = Replicate()
+            tensor = tensor.redistribute(placements=placements)
+        return tensor.to_local()
+
+
 def sum_gradients(weights: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> None:
     """Replaces every gradient by its sum over the ranks.
 
@@ -100,7 +119,8 @@ def sum_gradients(weights: Sequence[torch.Tensor], group: dist.ProcessGroup | No
     other ranks have counts as zero here.
 
     Args:
-        weights: The same on every rank, in the same order, all on one device; gradients of one dtype.
+        weights: The same on every rank, in the same order, all on one device; gradients of one dtype. Of a DTensor,
+            what this rank holds is summed with what the others hold.
         group: Ranks that take part; None for one process.
 
     Distributed: one all-reduce of a flag per weight, then one for each bucket of up to 2^25 entries. All ranks end with
@@ -116,12 +136,36 @@ def sum_gradients(weights: Sequence[torch.Tensor], group: dist.ProcessGroup | No
             continue
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-        if bucket and sum(map(torch.numel, bucket)) + weight.numel() > _BUCKET_ENTRIES:
+        gradient = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+        if bucket and sum(map(torch.numel, bucket)) + gradient.numel() > _BUCKET_ENTRIES:
             _sum_in_place(bucket, group)
             bucket = []
-        bucket.append(weight.grad)
+        bucket.append(gradient)
     if bucket:
         _sum_in_place(bucket, group)
+
+
+def sum_over_ends(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Replaces every tensor on the first and the last rank by the sum of the two, to the same bits.
+
+    Args:
+        tensors: The same shapes and dtypes on both; not looked at on the ranks between.
+        group: At least two ranks.
+
+    Distributed: each of the two ranks sends its tensors to the other, in pieces of up to 2^25 entries.
+    """
+    last = group.size() - 1
+    if group.rank() not in (0, last):
+        return
+    peer = last - group.rank()
+    for tensor in tensors:
+        for piece in tensor.view(-1).split(_BUCKET_ENTRIES):
+            other = torch.empty_like(piece)
+            messages = ((dist.isend, piece), (dist.irecv, other))
+            ops = [dist.P2POp(op, part, group=group, group_peer=peer) for op, part in messages]
+            for work in dist.batch_isend_irecv(ops):
+                work.wait()
+            piece += other
 
 
 def _sum_in_place(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:

@@ -1,21 +1,26 @@
-"""The sizes of a run's mesh: which axes its ranks are laid out on, checked before anything is sent.
+"""The mesh of a run: which axes its ranks are laid out on, checked before anything is sent, and the groups they make.
 
-What an axis does to a model is left to `apply`, and to the gradients to `collectives`.
+What an axis does to a model is left to `apply`, and to the gradients to `collectives`. The idea: along `dp_replicate`
+and `dp_shard` ranks see other samples, and what is summed or compared over samples goes over these two; along `tp` and
+`pp` they see the same samples and hold other parts of the model.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import PreTrainedConfig
 
 from ostro.errors import RecipeError
 from ostro.parallel.options import ParallelOptions
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 """Names of the axes, outermost first."""
-
-_SPLITS = ("pp", "tp")
 
 
 def axis_sizes(options: ParallelOptions, world_size: int) -> dict[str, int]:
@@ -43,12 +48,6 @@ def axis_sizes(options: ParallelOptions, world_size: int) -> dict[str, int]:
     given = math.prod(size for size in sizes.values() if size != -1)
     for axis in open_axes:
         sizes[axis] = world_size // given
-    for axis in _SPLITS:
-        if sizes[axis] > 1:
-            raise RecipeError(
-                f"parallel.{axis}: must be 1, got {sizes[axis]}; the ranks of a run cannot split a layer or "
-                "the layers among them yet; use parallel.dp_shard to split the parameters"
-            )
     if math.prod(sizes.values()) != world_size:
         shown = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if axis not in open_axes)
         key = next((axis for axis in AXES if axis not in open_axes and sizes[axis] > 1), "dp_replicate")
@@ -59,8 +58,52 @@ def axis_sizes(options: ParallelOptions, world_size: int) -> dict[str, int]:
     return sizes
 
 
-def build_mesh(options: ParallelOptions, world_size: int, device_type: str) -> DeviceMesh | None:
-    """The ranks that split parameters: `dp_shard`, or `dp_replicate` by `dp_shard`; None where each holds all of them.
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks of a run on their axes, seen from one of them.
+
+    Attributes:
+        sizes: Number of ranks along each of `AXES`.
+        devices: Over the axes with more than one rank, outermost first; None for one process.
+        data_group: Ranks that see the other samples of each batch, `dp_replicate` by `dp_shard`, this one included;
+            None where it sees all of them.
+    """
+
+    sizes: Mapping[str, int]
+    devices: DeviceMesh | None = None
+    data_group: dist.ProcessGroup | None = None
+
+    def along(self, *axes: str) -> DeviceMesh | None:
+        """The part of the mesh along some axes on which this rank lies; None where they have one rank.
+
+        Args:
+            *axes: Of `AXES`, in their order.
+        """
+        axes = tuple(axis for axis in axes if self.sizes[axis] > 1)
+        return self.devices[axes] if self.devices is not None and axes else None
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """The ranks along one axis, this one included; None where it has one rank.
+
+        Args:
+            axis: Of `AXES`.
+        """
+        line = self.along(axis)
+        return None if line is None else line.get_group()
+
+    @property
+    def fsdp(self) -> DeviceMesh | None:
+        """The ranks that split parameters: `dp_shard`, or `dp_replicate` by `dp_shard`; None where none are split."""
+        return self.along("dp_replicate", "dp_shard") if self.sizes["dp_shard"] > 1 else None
+
+    @property
+    def splits_model(self) -> bool:
+        """Whether a rank holds less than the whole model."""
+        return any(self.sizes[axis] > 1 for axis in ("pp", "dp_shard", "tp"))
+
+
+def build_mesh(options: ParallelOptions, world_size: int, device_type: str) -> Mesh:
+    """Lays the ranks out on their axes.
 
     Args:
         options: Sizes asked for.
@@ -73,7 +116,52 @@ def build_mesh(options: ParallelOptions, world_size: int, device_type: str) -> D
     Distributed: makes process groups, so every rank calls it; `axis_sizes` has found faults before.
     """
     sizes = axis_sizes(options, world_size)
-    names = tuple(name for name in ("dp_replicate", "dp_shard") if name == "dp_shard" or sizes[name] > 1)
-    if sizes["dp_shard"] == 1:
-        return None
-    return init_device_mesh(device_type, tuple(sizes[name] for name in names), mesh_dim_names=names)
+    if world_size == 1:
+        return Mesh(sizes)
+    names = tuple(axis for axis in AXES if sizes[axis] > 1)
+    devices = init_device_mesh(device_type, tuple(sizes[axis] for axis in names), mesh_dim_names=names)
+    num_data = sizes["dp_replicate"] * sizes["dp_shard"]
+    data_group = None
+    if num_data == world_size:
+        data_group = dist.group.WORLD
+    elif num_data > 1:
+        by_data = torch.arange(world_size).view(sizes["pp"], num_data, sizes["tp"])
+        data_group, _ = dist.new_subgroups_by_enumeration(by_data.transpose(1, 2).reshape(-1, num_data).tolist())
+    return Mesh(sizes, devices, data_group)
+
+
+def data_rank(sizes: Mapping[str, int], rank: int) -> int:
+    """Number of a rank among those that see the other samples of each batch: what `Mesh.data_group` counts by.
+
+    Args:
+        sizes: Of every axis, from `axis_sizes`.
+        rank: From 0.
+    """
+    return rank // sizes["tp"] % (sizes["dp_replicate"] * sizes["dp_shard"])
+
+
+def check_fits(sizes: Mapping[str, int], config: PreTrainedConfig) -> None:
+    """Checks that a text tower can be cut as the mesh asks.
+
+    Args:
+        sizes: Of every axis, from `axis_sizes`.
+        config: Of the text tower.
+
+    Raises:
+        RecipeError: When `tp` does not divide its heads, key-value heads, vocabulary or intermediate size, or `pp` is
+            more than its layers.
+
+    Distributed: no collectives. Every rank finds the same error.
+    """
+    fields = config.to_dict()
+    for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size"):
+        if fields[name] % sizes["tp"]:
+            raise RecipeError(
+                f"parallel.tp: must divide the model's {name}, {fields[name]}, got {sizes['tp']}; use a divisor, or "
+                "parallel.dp_shard to split the parameters"
+            )
+    if sizes["pp"] > fields["num_hidden_layers"]:
+        raise RecipeError(
+            f"parallel.pp: must be at most the model's num_hidden_layers, {fields['num_hidden_layers']}, got "
+            f"{sizes['pp']}"
+        )

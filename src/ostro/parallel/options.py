@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pydantic
 
 from ostro.config import Options
@@ -15,6 +17,8 @@ class ParallelOptions(Options):
     dp_shard: int = pydantic.Field(1, ge=-1)
     """Ranks that split parameters, gradients and optimizer, and take a share of every batch too; -1 as above."""
     tp: int = pydantic.Field(1, ge=1)
-    """Ranks that split every layer; only 1 so far."""
+    """Ranks that split every text layer, embedding and head, and see the same samples."""
     pp: int = pydantic.Field(1, ge=1)
-    """Ranks that hold consecutive layers; only 1 so far."""
+    """Ranks that hold consecutive layers of a vision-language model; 1 for an embedder."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Order of a pipeline's micro-batches: `1f1b` holds the activations of at most `pp` of them, `gpipe` of all."""

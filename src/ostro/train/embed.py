@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from ostro.data.loader import RetrievalLoader
@@ -28,8 +27,9 @@ from ostro.models.backbone import build_encoder_backbone, empty_encoder_backbone
 from ostro.models.embedder import Embedder
 from ostro.models.packed import PackedTexts, micro_batches
 from ostro.models.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
-from ostro.parallel.apply import checkpoint_activations, shard_parameters
-from ostro.parallel.mesh import build_mesh
+from ostro.parallel.apply import checkpoint_activations, prepare
+from ostro.parallel.mesh import Mesh, build_mesh
+from ostro.parallel.plans import TEXT_TOWER
 from ostro.train import embed_result, runtime
 from ostro.train.loop import run_steps
 from ostro.train.ranks import Ranks
@@ -69,8 +69,8 @@ def _run(recipe: EmbedRecipe, folder: Path, ranks: Ranks, console: Console) -> e
     checkpoint = find_checkpoint(folder, ranks)
     with ranks.agreed():
         whole, tokenizer = build_embedder(recipe, is_resumed=checkpoint is not None)
-        embedder = whole if mesh is None else split_embedder(whole, mesh, keep=ranks.is_main)
-        trainer = EmbedTrainer(recipe, embedder, open_loader(recipe, tokenizer))
+        embedder = split_embedder(whole, mesh, keep=ranks.is_main)
+        trainer = EmbedTrainer(recipe, embedder, open_loader(recipe, tokenizer, mesh), mesh)
         trainer.whole = whole
     with trainer.batches, runtime.stop_on_signal() as stop:
         encoder = embed_result.run_encoder(recipe, whole, tokenizer)
@@ -125,17 +125,20 @@ def build_embedder(recipe: EmbedRecipe, *, is_resumed: bool = False) -> tuple[Em
     return embedder.to(runtime.select_device()).train(), tokenizer
 
 
-def split_embedder(embedder: Embedder, mesh: DeviceMesh, *, keep: bool) -> Embedder:
-    """The embedder with float32 weights split over the ranks, computing in the dtype it had; a copy with `keep`."""
+def split_embedder(embedder: Embedder, mesh: Mesh, *, keep: bool) -> Embedder:
+    """The embedder split over the ranks, a copy with `keep`, computing in the dtype it had; its weights are float32
+    where `dp_shard` splits them. The embedder itself where the mesh does not split it."""
+    if not mesh.splits_model:
+        return embedder
     dtype = embedder.backbone.dtype
-    split = (copy.deepcopy(embedder) if keep else embedder).float()
-    shard_parameters(split.backbone, mesh, compute_dtype=dtype)
+    split = copy.deepcopy(embedder) if keep else embedder
+    prepare(split.float().backbone if mesh.fsdp else split.backbone, TEXT_TOWER, mesh, compute_dtype=dtype)
     return split
 
 
-def open_loader(recipe: EmbedRecipe, tokenizer: TextTokenizer) -> RetrievalLoader:
+def open_loader(recipe: EmbedRecipe, tokenizer: TextTokenizer, mesh: Mesh | None = None) -> RetrievalLoader:
     """The training batches of the recipe, in their seeded order."""
-    rank, world_size = Ranks.current().place
+    rank, world_size = Ranks.of(mesh.data_group if mesh else None).place
     sources = open_sources(recipe.data)
     return RetrievalLoader(sources, tokenizer, recipe.data, seed=recipe.seed, rank=rank, world_size=world_size)
 
@@ -147,13 +150,16 @@ class EmbedTrainer(Trainer):
         batches: Training batches.
     """
 
-    def __init__(self, recipe: EmbedRecipe, embedder: Embedder, loader: RetrievalLoader) -> None:
+    def __init__(
+        self, recipe: EmbedRecipe, embedder: Embedder, loader: RetrievalLoader, mesh: Mesh | None = None
+    ) -> None:
         """Sets up temperature, master weights and optimizer.
 
         Args:
             recipe: The run.
             embedder: The model on its device.
             loader: Training batches.
+            mesh: How the ranks are laid out; None for one process.
         """
         self.recipe = recipe
         self._embedder = embedder
@@ -164,10 +170,9 @@ class EmbedTrainer(Trainer):
         super().__init__(
             embedder,
             loader,
-            recipe.optimizer,
-            recipe.schedule,
+            recipe,
+            mesh,
             num_steps=recipe.train.num_steps or _steps_of_epochs(recipe, loader),
-            train=recipe.train,
             loss_weights={"log_temperature": self._temperature.log_temperature} if self._temperature else None,
         )
 
@@ -185,7 +190,7 @@ class EmbedTrainer(Trainer):
         with self.ranks.agreed():
             batches = [next(self.batches) for _ in range(train.accumulation_steps)]
         outputs = [self._backward(batch) for batch in batches]
-        loss, accuracy, num_tokens = self.ranks.sum(
+        loss, accuracy, num_tokens = self.data.sum(
             [
                 sum(output.loss.item() for output in outputs),
                 sum(output.accuracy.item() for output in outputs) / train.accumulation_steps,
@@ -204,8 +209,8 @@ class EmbedTrainer(Trainer):
         # a rank without a query in a short batch still takes part in the gathers, with one text that counts for nothing
         token_ids = batch.token_ids or ([0],)
         groups = micro_batches([len(ids) for ids in token_ids], recipe.data.micro_batch_tokens)
-        if self.is_split:  # such a text makes up for a micro-batch that only other ranks have, too
-            for _ in range(self.ranks.maximum(len(groups)) - len(groups)):
+        if self.mesh.sizes["dp_shard"] > 1:  # such a text makes up for a micro-batch that only other ranks have, too
+            for _ in range(self.data.maximum(len(groups)) - len(groups)):
                 groups.append([len(token_ids)])
                 token_ids = (*token_ids, [0])
         packed = [PackedTexts.from_token_ids([token_ids[row] for row in rows]) for rows in groups]
@@ -222,7 +227,7 @@ class EmbedTrainer(Trainer):
                 targets,
                 temperature=temperature,
                 options=recipe.loss,
-                group=self.ranks.group,
+                group=self.data.group,
             )
             return dataclasses.replace(output, loss=output.loss / recipe.train.accumulation_steps)
 

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import torch
+from transformers import PreTrainedModel
 
 from ostro.errors import RecipeError
 from ostro.train.options import Part
@@ -45,7 +45,7 @@ def part_of(name: str) -> Part:
     raise ValueError(f"{name}: belongs to no part; they begin with {', '.join(prefix for prefix, _ in _PREFIXES)}")
 
 
-def freeze(model: torch.nn.Module, parts: Sequence[Part]) -> dict[Part, int]:
+def freeze(model: PreTrainedModel, parts: Sequence[Part]) -> dict[Part, int]:
     """Takes the gradient from the named parts, and logs what trains.
 
     Args:
@@ -65,7 +65,7 @@ def freeze(model: torch.nn.Module, parts: Sequence[Part]) -> dict[Part, int]:
         weight.requires_grad_(part not in parts)
         (frozen if part in parts else trained)[part] += weight.numel()
     for part in parts:
-        _check_present(part, frozen, "model.freeze")
+        _check_present(part, model, "model.freeze")
     if not trained:
         raise RecipeError(f"model.freeze: {', '.join(parts)} is all there is; leave a part to train")
     shown = [f"{part} {count:,}" for part, count in trained.items()]
@@ -74,12 +74,12 @@ def freeze(model: torch.nn.Module, parts: Sequence[Part]) -> dict[Part, int]:
 
 
 def rate_factors(
-    model: torch.nn.Module, part_learning_rates: Mapping[Part, float], learning_rate: float
+    model: PreTrainedModel, part_learning_rates: Mapping[Part, float], learning_rate: float
 ) -> dict[str, float]:
     """What the learning rate of each weight is multiplied by so that its part has the peak it was given.
 
     Args:
-        model: A vision-language model.
+        model: A vision-language model, or a stage of it.
         part_learning_rates: Peak learning rate by part.
         learning_rate: Peak of the parts that are not named, > 0.
 
@@ -90,9 +90,8 @@ def rate_factors(
         RecipeError: When a part is not in the model.
     """
     names = [name for name, _ in model.named_parameters()]
-    present = Counter(part_of(name) for name in names)
     for part in part_learning_rates:
-        _check_present(part, present, f"optimizer.part_learning_rates.{part}")
+        _check_present(part, model, f"optimizer.part_learning_rates.{part}")
     return {
         name: part_learning_rates[part_of(name)] / learning_rate
         for name in names
@@ -100,7 +99,8 @@ def rate_factors(
     }
 
 
-def _check_present(part: Part, present: Mapping[Part, int], key: str) -> None:
-    if part not in present:
-        hint = "the head is the embedding (tied); name embeddings instead" if part == "head" else "leave it out"
-        raise RecipeError(f"{key}: the model has no part {part} of its own; {hint}")
+def _check_present(part: Part, model: PreTrainedModel, key: str) -> None:
+    if part == "head" and model.config.tie_word_embeddings:
+        raise RecipeError(
+            f"{key}: the model has no part head of its own; the head is the embedding (tied); name embeddings instead"
+        )

@@ -29,12 +29,12 @@ _TIMEOUT = datetime.timedelta(hours=4)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run.
+    """This process among those of the run, or among some of them.
 
     Attributes:
-        rank: From 0.
+        rank: From 0 within the group.
         world_size: Number of ranks.
-        group: All of them; None for one process, for which every method here gives back what it got.
+        group: Those ranks; None for one process, for which every method here gives back what it got.
     """
 
     rank: int = 0
@@ -46,7 +46,12 @@ class Ranks:
         """The ranks of the default process group; one process where there is none."""
         if not dist.is_initialized():
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+        return cls.of(dist.group.WORLD)
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+        """This process among those of a group, counted from 0 within it; one process for None."""
+        return cls() if group is None else cls(group.rank(), group.size(), group)
 
     @property
     def is_main(self) -> bool:

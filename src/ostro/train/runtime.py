@@ -27,7 +27,7 @@ import yaml
 
 from ostro.config import dump_recipe
 from ostro.errors import DataError, OstroError, RecipeError, ToldElsewhere
-from ostro.parallel.mesh import axis_sizes
+from ostro.parallel.mesh import axis_sizes, data_rank
 from ostro.train.ranks import Ranks
 from ostro.train.recipe import EmbedRecipe, VlmRecipe
 
@@ -151,7 +151,8 @@ def restore_random_state(state: dict[str, torch.Tensor]) -> None:
 
 @contextmanager
 def open_run(recipe: EmbedRecipe | VlmRecipe, ranks: Ranks) -> Iterator[Path]:
-    """What comes before any work: the mesh is checked, generators are seeded (each rank's its own), the folder opened.
+    """What comes before any work: the mesh is checked, generators are seeded (one seed for the ranks that see the same
+    samples), the folder opened.
 
     Args:
         recipe: The run.
@@ -169,8 +170,8 @@ def open_run(recipe: EmbedRecipe | VlmRecipe, ranks: Ranks) -> Iterator[Path]:
     folder = Path(recipe.output)
     with ExitStack() as stack:
         with ranks.agreed():
-            axis_sizes(recipe.parallel, ranks.world_size)
-            set_seeds(recipe.seed + ranks.rank)
+            sizes = axis_sizes(recipe.parallel, ranks.world_size)
+            set_seeds(recipe.seed + data_rank(sizes, ranks.rank))
             if ranks.is_main:
                 stack.enter_context(locked_folder(folder))
                 open_run_folder(folder, dump_recipe(recipe))

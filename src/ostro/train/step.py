@@ -7,12 +7,14 @@ What the loss is, and what a batch is, belongs to each loop.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ostro.errors import OstroError, ToldElsewhere
+from ostro.parallel.gradients import gradient_norm, mesh_of
+from ostro.parallel.mesh import Mesh
 from ostro.train.options import OptimizerOptions, ScheduleOptions
 from ostro.train.ranks import Ranks
 
@@ -50,6 +52,9 @@ class Optimizer:
         weights: Mapping[str, torch.nn.Parameter],
         options: OptimizerOptions,
         rate_factors: Mapping[str, float] | None = None,
+        mesh: Mesh | None = None,
+        *,
+        counted_elsewhere: Collection[str] = (),
     ) -> None:
         """Builds two groups per learning rate: matrices with weight decay, everything else without.
 
@@ -57,14 +62,18 @@ class Optimizer:
             weights: Trainable float32 weights by name.
             options: Hyper-parameters.
             rate_factors: What the learning rate of a weight is multiplied by, where it is not 1, by name.
+            mesh: How the ranks of the run are laid out; None for one process.
+            counted_elsewhere: Names whose gradients are in the norm of another stage of a pipeline.
         """
-        self._weights = dict(weights)
-        self._options = options
-        by_kind: dict[tuple[float, bool, bool], list[torch.nn.Parameter]] = {}
+        self._weights, self._counted = dict(weights), set(weights) - set(counted_elsewhere)
+        self._options, self._mesh = options, mesh
+        by_kind: dict[tuple[float, bool, DeviceMesh | None], list[torch.nn.Parameter]] = {}
         for name, weight in self._weights.items():
-            # split weights apart: a fused step takes them or plain ones, not both
-            kind = ((rate_factors or {}).get(name, 1.0), weight.ndim >= 2, isinstance(weight, DTensor))
+            # by mesh: a fused step takes weights split over the same ranks, or whole ones
+            kind = ((rate_factors or {}).get(name, 1.0), weight.ndim >= 2, mesh_of(weight))
             by_kind.setdefault(kind, []).append(weight)
+        if not by_kind:  # a stage whose parts are all frozen
+            by_kind[1.0, False, None] = []
         self._factors = [factor for factor, _, _ in by_kind]
         groups = [
             {"params": group, "weight_decay": options.weight_decay if is_matrix else 0.0}
@@ -99,25 +108,21 @@ class Optimizer:
 
         Distributed: one reduction of the norm where weights are split over ranks.
         """
-        weights = [weight for weight in self._weights.values() if weight.grad is not None]
-        kinds = [[weight for weight in weights if isinstance(weight, DTensor) == split] for split in (False, True)]
-        norm = _total_norm([[weight.grad for weight in kind] for kind in kinds if kind])
+        weights = {name: weight for name, weight in self._weights.items() if weight.grad is not None}
+        counted = [weight.grad for name, weight in weights.items() if name in self._counted]
+        norm = gradient_norm([gradient for gradient in counted if gradient is not None], self._mesh)
         check_finite("gradient norm", norm.item())
         if self._options.max_grad_norm is not None:
-            for kind in kinds:
+            kinds: dict[DeviceMesh | None, list[torch.nn.Parameter]] = {}
+            for weight in weights.values():
+                kinds.setdefault(mesh_of(weight), []).append(weight)
+            for kind in kinds.values():
                 torch.nn.utils.clip_grads_with_norm_(kind, self._options.max_grad_norm, norm)
         for group, factor in zip(self._adamw.param_groups, self._factors, strict=True):
             group["lr"] = rate * factor
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
         return float(norm)
-
-
-def _total_norm(kinds: Sequence[Sequence[torch.Tensor | None]]) -> torch.Tensor:
-    """The norm over all gradients, whole and split ones apart, as a plain tensor."""
-    norms = [torch.nn.utils.get_total_norm([gradient for gradient in kind if gradient is not None]) for kind in kinds]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.tensor(norms))
 
 
 def check_finite(name: str, value: float) -> None:

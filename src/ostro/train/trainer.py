@@ -6,7 +6,7 @@ What a step computes belongs to each loop, which subclasses `Trainer`; files are
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,17 @@ from ostro.checkpoint.train_state import (
     load_train_state,
     prepare_folder,
     save_train_state,
+    tensor_names,
     train_state_path,
 )
 from ostro.errors import CheckpointError
-from ostro.parallel.collectives import sum_gradients
+from ostro.parallel.collectives import gather_whole, sum_over_ends
+from ostro.parallel.gradients import local_part, reduce_gradients
+from ostro.parallel.mesh import AXES, Mesh
 from ostro.train import runtime
-from ostro.train.options import OptimizerOptions, ScheduleOptions, TrainOptions
 from ostro.train.precision import MasterWeights
 from ostro.train.ranks import Ranks
+from ostro.train.recipe import EmbedRecipe, VlmRecipe
 from ostro.train.step import Optimizer, learning_rate
 
 
@@ -69,8 +72,10 @@ class Trainer(abc.ABC):
     """The state of a run and its optimizer step; subclasses compute the gradients.
 
     Attributes:
-        ranks: Those that train together: each sees its share of every batch.
-        is_split: Whether the weights are split over ranks, which then have to run equal numbers of micro-batches.
+        ranks: All that train together.
+        data: Those that see the other samples of each batch.
+        mesh: How the ranks are laid out.
+        stages: Those that hold the other layers of the model.
         whole: The model that rank 0 evaluates and exports: another than the trained one where that is split.
         step: Optimizer steps done.
         num_tokens: Tokens seen by all ranks.
@@ -86,39 +91,44 @@ class Trainer(abc.ABC):
         self,
         module: torch.nn.Module,
         loader: Positioned,
-        optimizer: OptimizerOptions,
-        schedule: ScheduleOptions,
+        recipe: EmbedRecipe | VlmRecipe,
+        mesh: Mesh | None,
         *,
         num_steps: int,
-        train: TrainOptions,
         loss_weights: Mapping[str, torch.nn.Parameter] | None = None,
         rate_factors: Mapping[str, float] | None = None,
+        at_both_ends: Collection[str] = (),
     ) -> None:
         """Sets up master weights and optimizer.
 
         Args:
             module: The model on its device; its parameters with `requires_grad` are trained.
             loader: Training batches.
-            optimizer: Hyper-parameters.
-            schedule: Learning rate over the run.
+            recipe: The run.
+            mesh: How its ranks are laid out; None for one process.
             num_steps: Optimizer steps of the whole run.
-            train: Which checkpoints are kept, and how they are written.
             loss_weights: Float32 parameters of the loss to train too, by name.
             rate_factors: What the learning rate of a weight is multiplied by, where it is not 1, by name.
+            at_both_ends: Names of weights that the first and the last stage of a pipeline hold; none on the others.
         """
-        self.ranks = Ranks.current()
+        self.mesh = mesh or Mesh(dict.fromkeys(AXES, 1))
+        self.ranks, self.data = Ranks.current() if mesh else Ranks(), Ranks.of(self.mesh.data_group)
+        self.stages = Ranks.of(self.mesh.group("pp"))
         self.whole = self._module = module
-        self.is_split = any(isinstance(weight, DTensor) for weight in module.parameters())
         self.step = 0
         self.num_tokens = 0
         self.num_steps = num_steps
         self.saver = BackgroundSave()
-        self._loader, self._options = loader, train
+        self._loader, self._options = loader, recipe.train
         self._save_group: dist.ProcessGroup | None = None
-        self._schedule, self._peak = schedule, optimizer.learning_rate
+        self._schedule, self._peak = recipe.schedule, recipe.optimizer.learning_rate
         self._masters = MasterWeights(module)
         self._weights = {**self._masters.named_parameters(), **(loss_weights or {})}
-        self._optimizer = Optimizer(self._weights, optimizer, rate_factors)
+        self._at_both_ends = [name for name in at_both_ends if name in self._weights]
+        counted_elsewhere = () if self.stages.is_main else self._at_both_ends
+        self._optimizer = Optimizer(
+            self._weights, recipe.optimizer, rate_factors, mesh, counted_elsewhere=counted_elsewhere
+        )
         self._mark_position()
 
     @abc.abstractmethod
@@ -147,8 +157,10 @@ class Trainer(abc.ABC):
         Distributed: one reduction of the gradients, whatever the micro-batches of each rank were. All ranks then take
             the same step, to the same bits.
         """
-        # split weights have theirs summed in the backward pass
-        sum_gradients([w for w in self._weights.values() if not isinstance(w, DTensor)], self.ranks.group)
+        reduce_gradients(self._weights.values(), self.mesh)
+        if self.stages.group is not None:
+            gradients = [self._weights[name].grad for name in self._at_both_ends]
+            sum_over_ends([local_part(gradient) for gradient in gradients if gradient is not None], self.stages.group)
         rate = learning_rate(self.step, num_steps=self.num_steps, peak=self._peak, options=self._schedule)
         self.saver.wait_copied()
         grad_norm = self._optimizer.step(rate)
@@ -166,14 +178,30 @@ class Trainer(abc.ABC):
     def gather(self) -> None:
         """Brings the weights of `whole` up to date, where it is not the trained model.
 
-        Distributed: one all-gather per split weight.
+        Distributed: one all-gather per split weight and axis that splits it; from the other stages of a pipeline one
+            message per weight to rank 0.
         """
+        if not self.mesh.splits_model:
+            return
         targets = dict(self.whole.named_parameters()) if self.ranks.is_main else {}
-        for name, weight in self._module.named_parameters():
-            if isinstance(weight, DTensor):
-                full = weight.full_tensor()
-                if self.ranks.is_main:
-                    targets[name].copy_(full)
+        # frozen weights are as they were read
+        weights = {name: weight for name, weight in self._module.named_parameters() if weight.requires_grad}
+        _, *others = self.stages.gather({name: (weight.shape, weight.dtype) for name, weight in weights.items()})
+        group = self.stages.group
+        leads_to_main = group is not None and dist.get_process_group_ranks(group)[0] == 0
+        for name, weight in weights.items():
+            full = gather_whole(weight) if isinstance(weight, DTensor) else weight.detach()
+            if self.ranks.is_main:
+                targets[name].copy_(full)
+            elif leads_to_main:
+                dist.send(full.contiguous(), group=group, group_dst=0)
+        if not self.ranks.is_main:
+            return
+        for stage, held in enumerate(others, 1):
+            for name, (shape, dtype) in held.items():
+                full = torch.empty(shape, dtype=dtype, device=targets[name].device)
+                dist.recv(full, group=group, group_src=stage)
+                targets[name].copy_(full)
 
     def state(self) -> TrainerState:
         """The run as it stands after `step` whole steps; weights and moments are the live ones."""
@@ -191,19 +219,20 @@ class Trainer(abc.ABC):
 
         With `train.async_save` it is only begun: `finish_saving` waits for it, and so does the next one.
 
-        Distributed: rank 0 writes what all have in common, and the random state of each; of split weights and their
-            moments, each rank writes its own part.
+        Distributed: rank 0 writes what all have in common, and the random states by share of the batch; of split
+            weights and their moments, each rank writes its own part.
         """
         checkpoints, state = folder / "checkpoints", vars(self.state())
-        others = self.ranks.gather(self._random)[1:]
-        state["random"] = {**self._random, **{f"rank {rank}": own for rank, own in enumerate(others, 1)}}
+        first, *others = self.data.gather(self._random)
+        state["random"] = {**first, **{f"rank {rank}": own for rank, own in enumerate(others, 1)}}
         self.finish_saving()
         self.ranks.on_main(partial(prepare_folder, checkpoints))
-        if self.is_split and self._save_group is None:
+        is_split = self.mesh.splits_model
+        if is_split and self._save_group is None:
             self._save_group = self.ranks.separate_group()
         start = self.saver.start if self._options.async_save else save_train_state
         with self.ranks.agreed():
-            if self.ranks.is_main or self.is_split:
+            if self.ranks.is_main or is_split:
                 start(checkpoints, self.step, state, keep_last=self._options.keep_last, group=self._save_group)
         return train_state_path(checkpoints, self.step)
 
@@ -225,13 +254,15 @@ class Trainer(abc.ABC):
         """
         if path is None:
             return
+        # random: a run may move between CPU and CUDA, and to another number of ranks
+        form = {**vars(self.state()), "random": {}}
+        elsewhere = {name for held in self.stages.gather(tensor_names(form)) for name in held}
         with self.ranks.agreed():
-            # random: a run may move between CPU and CUDA, and to another number of ranks
-            state = load_train_state(path, {**vars(self.state()), "random": {}})
+            state = load_train_state(path, form, elsewhere=elsewhere)
             self.step, self.num_tokens = state["step"], state["num_tokens"]
             self._masters.publish()
             self._loader.load_state_dict(state["loader"])
-        random = state["random"] if self.ranks.is_main else state["random"].get(f"rank {self.ranks.rank}")
+        random = state["random"] if self.data.is_main else state["random"].get(f"rank {self.data.rank}")
         if random is not None:  # else the state that this rank was seeded with, as there was none so far
             runtime.restore_random_state(random)
         self._mark_position()

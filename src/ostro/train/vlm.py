@@ -9,25 +9,30 @@ micro-batch, so it is divided by the supervised tokens of the whole step.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch.distributed.device_mesh import DeviceMesh
 
 from ostro.checkpoint.auto import fetch_weights
 from ostro.checkpoint.load import load_vlm
 from ostro.data.conversation import open_conversations
-from ostro.data.conversation_collate import ConversationBatch, blank_batch, with_blank
+from ostro.data.conversation_collate import ConversationBatch, blank_batch, filled, with_blank
 from ostro.data.conversation_loader import ConversationLoader, ConversationStep
 from ostro.data.conversation_tokens import ConversationEncoder
 from ostro.errors import RecipeError
 from ostro.inference.chat import Chat, open_conversation_encoder
+from ostro.models.cpu_linear import round_rows
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
 from ostro.models.packed import use_packed_attention
-from ostro.parallel.apply import checkpoint_activations, shard_parameters
-from ostro.parallel.mesh import build_mesh
+from ostro.parallel.apply import prepare
+from ostro.parallel.mesh import AXES, Mesh, build_mesh, check_fits
+from ostro.parallel.pipeline import Stage, keep_stage, own_stage, plan_of_stage, run_stage
+from ostro.parallel.plans import VISION_LANGUAGE
 from ostro.train import runtime, vlm_result
 from ostro.train.flops import peak_flops, step_flops
 from ostro.train.loop import run_steps
@@ -36,7 +41,7 @@ from ostro.train.ranks import Ranks
 from ostro.train.recipe import VlmRecipe
 from ostro.train.step import check_finite
 from ostro.train.trainer import Trainer, find_checkpoint
-from ostro.train.vlm_loss import packed_loss
+from ostro.train.vlm_loss import packed_loss, packed_states
 
 
 def run(recipe: VlmRecipe, *, console: Console) -> vlm_result.VlmResult:
@@ -70,8 +75,9 @@ def _run(recipe: VlmRecipe, folder: Path, ranks: Ranks, console: Console) -> vlm
     is_resumed = checkpoint is not None
     with ranks.agreed():
         model, encoder = build_model(recipe, mesh, is_resumed=is_resumed)
-        trainer = VlmTrainer(recipe, model, open_loader(recipe, encoder))
-        whole = build_model(recipe, is_resumed=is_resumed)[0] if trainer.is_split and ranks.is_main else model
+        trainer = VlmTrainer(recipe, model, open_loader(recipe, encoder, mesh), mesh)
+        is_copied = mesh.splits_model and ranks.is_main
+        whole = build_model(recipe, is_resumed=is_resumed)[0] if is_copied else model
         trainer.whole, chat = whole, Chat(whole, encoder)
     with trainer.batches, runtime.stop_on_signal() as stop:
         trainer.resume(checkpoint, console)
@@ -84,13 +90,14 @@ def _run(recipe: VlmRecipe, folder: Path, ranks: Ranks, console: Console) -> vlm
 
 
 def build_model(
-    recipe: VlmRecipe, mesh: DeviceMesh | None = None, *, is_resumed: bool = False
+    recipe: VlmRecipe, mesh: Mesh | None = None, *, is_resumed: bool = False
 ) -> tuple[Mistral3FP8VLMForConditionalGeneration, ConversationEncoder]:
     """The model to train, on its device with its frozen parts, and what turns conversations into its tokens.
 
     Args:
         recipe: The run.
-        mesh: Ranks that split its weights, which are then float32; each reads its rows alone.
+        mesh: How the ranks are laid out: a rank reads and holds its part alone, in float32 where `dp_shard` splits the
+            weights. None for one process.
         is_resumed: Whether a checkpoint will fill in the trained weights, so that they are not read.
 
     Raises:
@@ -98,36 +105,61 @@ def build_model(
         LayoutError: When the weights are not of the family, or the tokenizer does not belong to them.
         CheckpointError: When the files cannot be read.
     """
-    options = recipe.model
-    if mesh is not None and set(PARTS) - set(options.freeze) == {"head"}:
+    options, mesh = recipe.model, mesh or Mesh(dict.fromkeys(AXES, 1))
+    fsdp = mesh.fsdp
+    if fsdp is not None and set(PARTS) - set(options.freeze) == {"head"}:
         # the backward pass through the split model, which sums the gradients, would never begin
         raise RecipeError(
-            f"model.freeze: the head alone cannot be trained with parallel.dp_shard={mesh['dp_shard'].size()}; leave "
+            f"model.freeze: the head alone cannot be trained with parallel.dp_shard={fsdp['dp_shard'].size()}; leave "
             "another part to train, or set parallel.dp_shard=1"
         )
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
     folder = fetch_weights(options.weights)
     device = runtime.select_device()
     skip = (lambda name: part_of(name) not in options.freeze) if is_resumed else None
-    if mesh is None:
-        model = load_vlm(folder, dtype=dtype, device=device, skip=skip)
-    else:
-        shard = partial(shard_parameters, mesh=mesh, compute_dtype=dtype)
-        model = load_vlm(folder, dtype=torch.float32, device=device, shard=shard, skip=skip)
+    # what FSDP splits is its own master weight
+    stored = torch.float32 if fsdp else dtype
+    shard = partial(_keep_own, recipe=recipe, mesh=mesh)
+    model = load_vlm(folder, dtype=stored, device=device, shard=shard, skip=skip)
     encoder = open_conversation_encoder(
         folder, model.config, max_tokens=recipe.data.max_tokens, too_long=recipe.data.too_long
     )
-    freeze(model, options.freeze)
     use_packed_attention(model)
-    if options.activation_checkpointing:
-        checkpoint_activations(model)
     return model.train(), encoder
 
 
-def open_loader(recipe: VlmRecipe, encoder: ConversationEncoder) -> ConversationLoader:
+def _keep_own(model: Mistral3FP8VLMForConditionalGeneration, recipe: VlmRecipe, mesh: Mesh) -> None:
+    """Freezes parts of the whole model, on the meta device, and leaves of it what this rank holds."""
+    options, plan = recipe.model, VISION_LANGUAGE
+    freeze(model, options.freeze)
+    check_fits(mesh.sizes, model.config.get_text_config())
+    if stage := own_stage(model.config, mesh.group("pp")):
+        keep_stage(model, stage)
+        plan = plan_of_stage(plan, stage)
+    prepare(
+        model,
+        plan,
+        mesh,
+        activation_checkpointing=options.activation_checkpointing,
+        compute_dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype],
+    )
+
+
+def open_loader(recipe: VlmRecipe, encoder: ConversationEncoder, mesh: Mesh | None = None) -> ConversationLoader:
     """The conversations of the recipe, step by step in their seeded order."""
-    sources, (rank, world_size) = open_conversations(recipe.data.train), Ranks.current().place
-    return ConversationLoader(sources, encoder, recipe.data, seed=recipe.seed, rank=rank, world_size=world_size)
+    sources, (rank, world_size) = (
+        open_conversations(recipe.data.train),
+        Ranks.of(mesh.data_group if mesh else None).place,
+    )
+    return ConversationLoader(
+        sources,
+        encoder,
+        recipe.data,
+        seed=recipe.seed,
+        rank=rank,
+        world_size=world_size,
+        num_micro_batches=recipe.parallel.pp,
+    )
 
 
 class VlmTrainer(Trainer):
@@ -139,7 +171,11 @@ class VlmTrainer(Trainer):
     """
 
     def __init__(
-        self, recipe: VlmRecipe, model: Mistral3FP8VLMForConditionalGeneration, loader: ConversationLoader
+        self,
+        recipe: VlmRecipe,
+        model: Mistral3FP8VLMForConditionalGeneration,
+        loader: ConversationLoader,
+        mesh: Mesh | None = None,
     ) -> None:
         """Sets up master weights and optimizer.
 
@@ -147,19 +183,21 @@ class VlmTrainer(Trainer):
             recipe: The run.
             model: On its device, with its frozen parts.
             loader: Training batches.
+            mesh: How the ranks are laid out; None for one process.
         """
         self.recipe = recipe
         self._model = model
         self.batches = loader
         self._trained = set(PARTS) - set(recipe.model.freeze)
+        self._stage = own_stage(model.config, mesh.group("pp") if mesh else None)
         super().__init__(
             model,
             loader,
-            recipe.optimizer,
-            recipe.schedule,
+            recipe,
+            mesh,
             num_steps=recipe.train.num_steps or _steps_of_epochs(recipe, loader),
-            train=recipe.train,
             rate_factors=rate_factors(model, recipe.optimizer.part_learning_rates, recipe.optimizer.learning_rate),
+            at_both_ends=["model.language_model.embed_tokens.weight"] if self._stage and self._stage.is_tied else (),
         )
         dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
         self.peak_flops = peak_flops(model.device, dtype) * self.ranks.world_size
@@ -176,10 +214,14 @@ class VlmTrainer(Trainer):
         with self.ranks.agreed():
             step = next(self.batches)
         flops = sum(step_flops(self._model.config, batch, self._trained) for batch in step.micro_batches)
-        *counts, flops = self.ranks.sum([step.num_supervised, step.num_tokens, step.num_images, flops])
+        *counts, flops = self.data.sum([step.num_supervised, step.num_tokens, step.num_images, flops])
         num_supervised, num_tokens, num_images = map(int, counts)
-        batches = self._matched(step) if self.is_split else step.micro_batches
-        [loss] = self.ranks.sum([sum(self._backward(batch, num_supervised) for batch in batches)])
+        batches = self._matched(step) if self._stage or self.mesh.fsdp else step.micro_batches
+        if self._stage is None:
+            loss = sum(self._backward(batch, num_supervised) for batch in batches)
+        else:
+            loss = self._run_stage(self._stage, batches, num_supervised)
+        [loss] = self.stages.sum(self.data.sum([loss]))
         check_finite("loss", loss)
         row = {"num_supervised": num_supervised, "num_images": num_images, "epoch": step.epoch, "flops": flops}
         return {"loss": loss, **self.update(num_tokens), **row}
@@ -187,10 +229,12 @@ class VlmTrainer(Trainer):
     def _matched(self, step: ConversationStep) -> list[ConversationBatch]:
         """The micro-batches of a step, each with an image where any rank has one, and as many as the rank with most.
 
-        A split model gathers its weights as it runs, so all ranks have to run the same parts equally often.
+        A split model gathers its weights as it runs, so all ranks have to run the same parts equally often; a pipeline
+        needs a micro-batch for each stage.
         """
-        has_images = bool(self.ranks.maximum(step.num_images))
-        missing = self.ranks.maximum(len(step.micro_batches)) - len(step.micro_batches)
+        has_images = bool(self.data.maximum(step.num_images))
+        needed = max(self.data.maximum(len(step.micro_batches)), self.stages.world_size)
+        missing = needed - len(step.micro_batches)
         empty = blank_batch(self.batches.image_tokens if has_images else None)
         batches = [with_blank(batch, empty) if not batch.num_images else batch for batch in step.micro_batches]
         return (batches if has_images else list(step.micro_batches)) + [empty] * missing
@@ -201,6 +245,32 @@ class VlmTrainer(Trainer):
         if loss.requires_grad:  # not so for text alone where only the vision side trains
             loss.backward()
         return float(loss.detach())
+
+    def _run_stage(self, stage: Stage, batches: Sequence[ConversationBatch], num_supervised: int) -> float:
+        """Adds this stage's gradients of all micro-batches, in step with the others; the loss, on the last stage."""
+        model, recipe, length = self._model, self.recipe, max(batch.num_tokens for batch in batches)
+        dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
+        if model.device.type == "cpu" and dtype != torch.float32:
+            length = round_rows(length)
+
+        def compute(batch: ConversationBatch, received: torch.Tensor | None) -> torch.Tensor:
+            batch = filled(batch if stage.is_first else replace(batch, pixel_values=None, image_sizes=None), length)
+            batch = batch.to(model.device)
+            if stage.is_last:
+                return packed_loss(model, batch, num_supervised, received)
+            return packed_states(model, batch, received)
+
+        text: Any = model.config.text_config
+        assert self.stages.group is not None  # there is a stage
+        return run_stage(
+            model,
+            stage,
+            compute,
+            batches,
+            hidden_states=torch.empty(1, length, text.hidden_size, dtype=dtype, device="meta"),
+            group=self.stages.group,
+            schedule=recipe.parallel.schedule,
+        )
 
 
 def _steps_of_epochs(recipe: VlmRecipe, loader: ConversationLoader) -> int:

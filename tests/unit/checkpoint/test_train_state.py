@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from ostro.checkpoint.train_state import latest_train_state, load_train_state, save_train_state
+from ostro.checkpoint.train_state import latest_train_state, load_train_state, save_train_state, tensor_names
 from ostro.errors import CheckpointError
 from tests.helpers.disk import full_disk
 
@@ -118,6 +118,19 @@ def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
         path = save_train_state(tmp_path, 7, {"x": torch.tensor(value)}, keep_last=1)
     assert load_train_state(path, {"x": torch.tensor(0.0)})["x"] == 2.0
     assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000007"]
+
+
+def test_what_another_rank_holds_is_neither_read_nor_missed(tmp_path: Path) -> None:
+    saved = {"weights": {"here": torch.ones(3), "there": torch.ones(2)}, "step": 4}
+    path = save_train_state(tmp_path, 4, saved, keep_last=1)
+    own = {"weights": {"here": torch.zeros(3)}, "step": 0}
+    with pytest.raises(CheckpointError, match=r"unexpected: weights\.there"):
+        load_train_state(path, own)
+    loaded = load_train_state(path, own, elsewhere=tensor_names(saved))
+    assert_equal(loaded, {"weights": {"here": torch.ones(3)}, "step": 4})
+    assert own["weights"]["here"].tolist() == [1, 1, 1]
+    with pytest.raises(CheckpointError, match=r"missing: weights\.new"):
+        load_train_state(path, {"weights": {"new": torch.zeros(3)}, "step": 0}, elsewhere=tensor_names(saved))
 
 
 def test_leftovers_are_removed_at_the_next_save(tmp_path: Path) -> None:

@@ -11,7 +11,14 @@ from transformers import Ministral3Model, MistralConfig, MistralModel, PreTraine
 
 from ostro.models.ministral_bidirectional import Ministral3BidirectionalConfig, Ministral3BidirectionalModel
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
-from ostro.models.packed import PACKED_ATTENTION, PackedTexts, forward_packed, micro_batches, use_packed_attention
+from ostro.models.packed import (
+    PACKED_ATTENTION,
+    PackedTexts,
+    even_micro_batches,
+    forward_packed,
+    micro_batches,
+    use_packed_attention,
+)
 from tests.helpers.tiny import padded, text_config, token_ids, vlm_config
 
 LENGTHS = [40, 12, 12, 7, 3, 3, 3, 1]
@@ -209,3 +216,18 @@ def test_micro_batches_keep_the_budget_and_every_text() -> None:
     assert groups[0] == [4]  # longer than the budget: alone, and first
     assert all(sum(lengths[index] for index in group) <= 100 for group in groups[1:])
     assert micro_batches([], 100) == []
+
+
+@pytest.mark.parametrize("num_at_least", [1, 2, 5, 40])
+def test_even_micro_batches_differ_by_little(num_at_least: int) -> None:
+    lengths = [1 + 7 * number % 40 for number in range(30)]
+    groups = even_micro_batches(lengths, 100, num_at_least)
+    totals = [sum(lengths[index] for index in group) for group in groups]
+    assert sorted(index for group in groups for index in group) == list(range(30))
+    assert max(totals) <= 100
+    assert len(groups) >= min(num_at_least, 30)
+    assert len(groups) <= max(num_at_least, sum(lengths) // 100 + 2)
+    if num_at_least < 30:
+        assert max(totals) - min(totals) <= 10
+    assert even_micro_batches([150, 3], 100, 2) == [[0], [1]]
+    assert even_micro_batches([], 100, 2) == []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ostro.errors import RecipeError
-from ostro.parallel.mesh import axis_sizes
+from ostro.parallel.mesh import AXES, axis_sizes, check_fits, data_rank
 from ostro.parallel.options import ParallelOptions
+from tests.helpers.tiny import text_config
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])
@@ -30,11 +31,35 @@ def test_what_is_left_is_split() -> None:
         ({"dp_replicate": 3}, "parallel.dp_replicate: the product of the sizes must be the number of ranks, 4, got"),
         ({"dp_replicate": 1}, "parallel.dp_replicate: the product of the sizes must be the number of ranks, 4, got"),
         ({"dp_shard": 3}, "parallel.dp_shard: the product of the sizes must be the number of ranks, 4, got"),
-        ({"tp": 2}, "parallel.tp: must be 1, got 2; the ranks of a run cannot split a layer"),
-        ({"pp": 4}, "parallel.pp: must be 1, got 4; the ranks of a run cannot split a layer"),
+        ({"tp": 3}, "parallel.tp: the product of the sizes must be the number of ranks, 4, got"),
+        ({"pp": 3}, "parallel.pp: the product of the sizes must be the number of ranks, 4, got"),
     ],
 )
 def test_what_does_not_fit_is_named(options: dict[str, int], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         axis_sizes(ParallelOptions(**options), 4)
+    assert str(caught.value).startswith(message)
+
+
+def test_ranks_of_one_share_of_a_batch_have_one_number() -> None:
+    sizes = {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "tp": 2}
+    assert [data_rank(sizes, rank) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tp": 3}, "parallel.tp: must divide the model's num_attention_heads, 4, got 3"),
+        ({"tp": 4}, "parallel.tp: must divide the model's num_key_value_heads, 2, got 4"),
+        ({"pp": 3}, "parallel.pp: must be at most the model's num_hidden_layers, 2, got 3"),
+        ({"tp": 2, "pp": 2}, ""),
+    ],
+)
+def test_what_the_model_cannot_be_cut_into_is_named(sizes: dict[str, int], message: str) -> None:
+    sizes = dict.fromkeys(AXES, 1) | sizes
+    if not message:
+        check_fits(sizes, text_config())
+        return
+    with pytest.raises(RecipeError) as caught:
+        check_fits(sizes, text_config())
     assert str(caught.value).startswith(message)

@@ -104,9 +104,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         assert same_bytes(tensor, other[key]), key
 
 
-def test_going_on_reads_the_frozen_weights_alone(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_going_on_reads_the_frozen_weights_alone(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(inputs / "weights", tmp_path / "weights")
     frozen = {"freeze": ["vision"]}
     whole = recipe(inputs, tmp_path / "whole", model=frozen)
