@@ -175,19 +175,24 @@ def evaluate(
     bm25: Annotated[bool, typer.Option("--bm25", help="Score BM25 beside it (extra search).")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for the metrics and a row per query.")] = None,
 ) -> None:
-    """Search a whole corpus and score it against its relevance labels."""
+    """Search a whole corpus and score it against its relevance labels; ranks of torchrun share the texts."""
     from ostro.cli_render import show_reports
     from ostro.data.evaluation_set import open_evaluation
     from ostro.inference.encoder import Encoder
     from ostro.retrieval.bm25 import bm25 as score_bm25
-    from ostro.retrieval.evaluate import evaluate as score
     from ostro.retrieval.options import EvaluateOptions
+    from ostro.train.ranks import started_ranks
+    from ostro.train.shared import search
 
     options = EvaluateOptions(path=data, split=split, ks=tuple(ks or (10,)))
-    evaluation = open_evaluation(options.path, options.split)
-    reports = {"model": score(Encoder.from_pretrained(weights), evaluation, options)}
+    with started_ranks() as ranks:
+        with ranks.agreed():
+            encoder = Encoder.from_pretrained(weights)
+        reports = {"model": search(options, encoder, ranks)}
+        if not ranks.is_main:
+            return
     if bm25:
-        reports["BM25"] = score_bm25(evaluation, options)
+        reports["BM25"] = score_bm25(open_evaluation(options.path, options.split), options)
     show_reports(reports)
     if output is not None:
         for system, report in reports.items():

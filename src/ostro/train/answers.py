@@ -17,6 +17,8 @@ from ostro.data.conversation import Conversation, open_conversation_source
 from ostro.data.conversation_options import ConversationSourceOptions
 from ostro.inference.chat import Chat
 from ostro.train.options import AnswerOptions
+from ostro.train.ranks import Ranks
+from ostro.train.shared import gather_shares, share_of
 from ostro.train.vlm_loss import held_out_loss
 
 EXACT_MATCH = "exact match"
@@ -87,24 +89,34 @@ def open_held_out(options: AnswerOptions, key: str) -> tuple[Conversation, ...]:
     return tuple(source[row] for row in rows)
 
 
-def evaluate_answers(chat: Chat, conversations: Sequence[Conversation], options: AnswerOptions) -> AnswerReport:
+def evaluate_answers(
+    chat: Chat, conversations: Sequence[Conversation], options: AnswerOptions, judges: Ranks
+) -> AnswerReport:
     """Has the model give the last answer of every conversation, and scores the references by its loss.
 
     Args:
         chat: The model.
         conversations: At least one, each ending with an assistant turn.
         options: Length of an answer and how many are made at once.
+        judges: Ranks that share the conversations; all get the whole report.
 
     Raises:
         DataError: When an image cannot be read or a conversation is too long.
+
+    Distributed: two gathers of answers and one of losses.
     """
-    answers = chat.answer(
-        [conversation.split_reference()[0] for conversation in conversations],
-        max_new_tokens=options.max_new_tokens,
-        batch_samples=options.batch_samples,
-    )
-    samples = [chat.encoder.encode(conversation) for conversation in conversations]
-    return AnswerReport(tuple(conversations), tuple(answers), held_out_loss(chat.model, samples, _EVALUATION_TOKENS))
+    own = share_of(conversations, judges)
+    with judges.agreed():
+        answers = chat.answer(
+            [conversation.split_reference()[0] for conversation in own],
+            max_new_tokens=options.max_new_tokens,
+            batch_samples=options.batch_samples,
+        )
+        samples = [chat.encoder.encode(conversation) for conversation in own]
+    num_supervised = sum(sample.num_supervised for sample in samples)
+    loss = held_out_loss(chat.model, samples, _EVALUATION_TOKENS) if samples else 0.0
+    total, count = judges.sum([loss * num_supervised, num_supervised])
+    return AnswerReport(tuple(conversations), tuple(gather_shares(answers, judges)), total / count)
 
 
 def answer_by_question(training: Iterable[Conversation], held_out: Sequence[Conversation]) -> AnswerReport:

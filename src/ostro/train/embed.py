@@ -34,6 +34,7 @@ from ostro.train import embed_result, runtime
 from ostro.train.loop import run_steps
 from ostro.train.ranks import Ranks
 from ostro.train.recipe import EmbedRecipe
+from ostro.train.shared import search
 from ostro.train.step import check_finite
 from ostro.train.trainer import Trainer, find_checkpoint
 
@@ -55,7 +56,7 @@ def run(recipe: EmbedRecipe, *, console: Console) -> embed_result.EmbedResult:
         OstroError: When a row is wrong, the loss becomes infinite or nan, or a file cannot be read or written; what was
             done until then is in a checkpoint.
 
-    Distributed: every rank calls it; rank 0 alone evaluates, exports and has metrics in its result.
+    Distributed: every rank calls it; rank 0 alone exports and has metrics in its result.
     """
     ranks = Ranks.current()
     with ranks.agreed():
@@ -73,7 +74,7 @@ def _run(recipe: EmbedRecipe, folder: Path, ranks: Ranks, console: Console) -> e
         trainer = EmbedTrainer(recipe, embedder, open_loader(recipe, tokenizer, mesh), mesh)
         trainer.whole = whole
     with trainer.batches, runtime.stop_on_signal() as stop:
-        encoder = embed_result.run_encoder(recipe, whole, tokenizer)
+        encoder, judges, held_out = embed_result.run_encoder(recipe, whole, tokenizer), trainer.judges, recipe.evaluate
         trainer.resume(checkpoint, console)
         run_steps(
             trainer,
@@ -82,11 +83,11 @@ def _run(recipe: EmbedRecipe, folder: Path, ranks: Ranks, console: Console) -> e
             folder,
             console,
             stop=stop,
-            before=partial(embed_result.evaluate_untrained, recipe, encoder),
-            evaluate=partial(embed_result.evaluate_during, recipe.evaluate, encoder) if recipe.evaluate else None,
+            before=partial(embed_result.evaluate_untrained, recipe, encoder, judges),
+            evaluate=partial(embed_result.evaluate_during, held_out, encoder, judges) if held_out else None,
         )
-    trainer.gather()
-    result = ranks.on_main(partial(embed_result.finish, recipe, encoder, trainer.step, console))
+    report = trainer.judge(lambda: search(recipe.test, encoder, judges) if recipe.test else None)
+    result = ranks.on_main(partial(embed_result.finish, recipe, encoder, report, trainer.step, console))
     return result or embed_result.EmbedResult(folder, folder / "weights")
 
 

@@ -24,12 +24,13 @@ from ostro.inference.encoder import Encoder
 from ostro.models.embedder import Embedder
 from ostro.models.tokenizer import TextTokenizer
 from ostro.retrieval.bm25 import bm25
-from ostro.retrieval.evaluate import evaluate
 from ostro.retrieval.options import EvaluateOptions
 from ostro.retrieval.report import RetrievalReport
 from ostro.train.metrics import LiveLine, RunLog
+from ostro.train.ranks import Ranks
 from ostro.train.recipe import EmbedRecipe
 from ostro.train.report import write_report
+from ostro.train.shared import search
 from ostro.train.table import metric_table
 
 # Texts on which the exported folder must give the vectors of the model in memory.
@@ -74,29 +75,35 @@ def run_encoder(recipe: EmbedRecipe, embedder: Embedder, tokenizer: TextTokenize
     return Encoder(embedder, tokenizer, prompts=recipe.data.prompts.model_dump(), max_tokens=recipe.max_tokens)
 
 
-def evaluate_untrained(recipe: EmbedRecipe, encoder: Encoder, log: RunLog, line: LiveLine) -> None:
-    """Scores the model before its first step, on both held-out sets."""
+def evaluate_untrained(recipe: EmbedRecipe, encoder: Encoder, judges: Ranks, log: RunLog, line: LiveLine) -> None:
+    """Scores the model before its first step, on both held-out sets; `judges` share the texts."""
     if recipe.evaluate is not None:
-        log.evaluation(0, recipe.evaluate.split, _search(recipe.evaluate, encoder).metrics)
+        log.evaluation(0, recipe.evaluate.split, search(recipe.evaluate, encoder, judges).metrics)
     if recipe.test is not None:
-        report = _search(recipe.test, encoder)
-        (Path(recipe.output) / "untrained.json").write_text(json.dumps(dict(report.metrics)) + "\n", encoding="utf-8")
+        report = search(recipe.test, encoder, judges)
+        text = json.dumps(dict(report.metrics)) + "\n"
+        judges.on_main(lambda: (Path(recipe.output) / "untrained.json").write_text(text, encoding="utf-8"))
         line.say(f"before training  {_one_line(report.metrics)}")
 
 
-def evaluate_during(options: EvaluateOptions, encoder: Encoder, step: int, log: RunLog, line: LiveLine) -> None:
-    """Scores the model after `step` steps."""
-    report = _search(options, encoder)
+def evaluate_during(
+    options: EvaluateOptions, encoder: Encoder, judges: Ranks, step: int, log: RunLog, line: LiveLine
+) -> None:
+    """Scores the model after `step` steps; `judges` share the texts."""
+    report = search(options, encoder, judges)
     log.evaluation(step, options.split, report.metrics)
     line.say(f"step {step}  {options.split}  {_one_line(report.metrics)}")
 
 
-def finish(recipe: EmbedRecipe, encoder: Encoder, step: int, console: Console) -> EmbedResult:
-    """Scores the trained model, exports it, verifies the export and writes the report.
+def finish(
+    recipe: EmbedRecipe, encoder: Encoder, report: RetrievalReport | None, step: int, console: Console
+) -> EmbedResult:
+    """Exports the trained model, verifies the export and writes the results.
 
     Args:
         recipe: The run.
         encoder: Encoder over the trained model.
+        report: Its search of the test set; None without one.
         step: Optimizer steps done.
         console: Where the result is shown.
 
@@ -110,9 +117,8 @@ def finish(recipe: EmbedRecipe, encoder: Encoder, step: int, console: Console) -
     metrics: Mapping[str, float] = {}
     baselines: dict[str, Mapping[str, float]] = {}
     samples: list[dict[str, object]] = []
-    if recipe.test is not None:
+    if recipe.test is not None and report is not None:
         evaluation = open_evaluation(recipe.test.path, recipe.test.split)
-        report = evaluate(encoder, evaluation, recipe.test, seed=0)
         report.save(folder / "test")
         metrics = report.metrics
         if recipe.test.bm25:
@@ -183,10 +189,6 @@ def show(result: EmbedResult, console: Console) -> None:
     if result.metrics:
         console.out(metric_table({"trained": result.metrics, **result.baselines}), highlight=False)
     console.out(f"weights  {result.weights}\nreport   {result.folder / 'report.html'}", highlight=False)
-
-
-def _search(options: EvaluateOptions, encoder: Encoder) -> RetrievalReport:
-    return evaluate(encoder, open_evaluation(options.path, options.split), options, seed=0)
 
 
 def _one_line(metrics: Mapping[str, float]) -> str:

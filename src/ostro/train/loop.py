@@ -49,7 +49,8 @@ def run_steps(
         Stopped: When a signal asked for a stop; a checkpoint was written.
         OstroError: When a step or an evaluation failed; what was done until then is in a checkpoint.
 
-    Distributed: rank 0 logs, evaluates and writes while the others wait. All stop after the same step.
+    Distributed: rank 0 logs and writes while the others wait; who evaluates says `Trainer.judge`. All stop after the
+        same step.
     """
     num_steps, ranks = trainer.num_steps, trainer.ranks
     with (
@@ -58,8 +59,7 @@ def run_steps(
         trainer.saver,
     ):
         if trainer.step == 0:
-            trainer.gather()
-            ranks.on_main(lambda: before(log, line))
+            trainer.judge(lambda: before(log, line))
         speed = metrics.Throughput(trainer.peak_flops)
         while trainer.step < num_steps:
             try:
@@ -72,8 +72,7 @@ def run_steps(
                     log.row(step, row)
                     line.show(step, row)
                 if evaluate is not None and (last or _due(step, options.evaluate_every)):
-                    trainer.gather()
-                    ranks.on_main(partial(evaluate, step, log, line))
+                    trainer.judge(partial(evaluate, step, log, line))
                     speed.restart()
             except (OstroError, OSError, torch.OutOfMemoryError) as error:
                 if ranks.group is not None and isinstance(error, torch.OutOfMemoryError):

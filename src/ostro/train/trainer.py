@@ -6,11 +6,11 @@ What a step computes belongs to each loop, which subclasses `Trainer`; files are
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from ostro.checkpoint.train_state import (
     tensor_names,
     train_state_path,
 )
-from ostro.errors import CheckpointError
+from ostro.errors import CheckpointError, OstroError, ToldElsewhere
 from ostro.parallel.collectives import gather_whole, sum_over_ends
 from ostro.parallel.gradients import local_part, reduce_gradients
 from ostro.parallel.mesh import AXES, Mesh
@@ -35,6 +35,8 @@ from ostro.train.precision import MasterWeights
 from ostro.train.ranks import Ranks
 from ostro.train.recipe import EmbedRecipe, VlmRecipe
 from ostro.train.step import Optimizer, learning_rate
+
+Result = TypeVar("Result")
 
 
 class Positioned(Protocol):
@@ -76,7 +78,7 @@ class Trainer(abc.ABC):
         data: Those that see the other samples of each batch.
         mesh: How the ranks are laid out.
         stages: Those that hold the other layers of the model.
-        whole: The model that rank 0 evaluates and exports: another than the trained one where that is split.
+        whole: The model that is evaluated and exported: on rank 0, another than the trained one where that is split.
         step: Optimizer steps done.
         num_tokens: Tokens seen by all ranks.
         num_steps: Optimizer steps of the whole run.
@@ -202,6 +204,32 @@ class Trainer(abc.ABC):
                 full = torch.empty(shape, dtype=dtype, device=targets[name].device)
                 dist.recv(full, group=group, group_src=stage)
                 targets[name].copy_(full)
+
+    @property
+    def judges(self) -> Ranks:
+        """The ranks that share an evaluation: all, or rank 0 alone where only that holds the whole model."""
+        return Ranks() if self.mesh.splits_model else self.ranks
+
+    def judge(self, evaluate: Callable[[], Result]) -> Result | None:
+        """What `evaluate` gives on the ranks that evaluate `whole`, which is up to date; None on others, which wait.
+
+        Args:
+            evaluate: With collectives among `judges` alone.
+
+        Raises:
+            OstroError: As raised by `evaluate`; where all ranks do, `ToldElsewhere` on those other than 0.
+
+        Distributed: as `gather` and `Ranks.on_main`, or as `evaluate`.
+        """
+        self.gather()
+        if self.mesh.splits_model:
+            return self.ranks.on_main(evaluate)
+        try:
+            return evaluate()
+        except OstroError as error:
+            if self.ranks.is_main:
+                raise
+            raise ToldElsewhere(str(error)) from error
 
     def state(self) -> TrainerState:
         """The run as it stands after `step` whole steps; weights and moments are the live ones."""

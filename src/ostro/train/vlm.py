@@ -60,7 +60,7 @@ def run(recipe: VlmRecipe, *, console: Console) -> vlm_result.VlmResult:
         Stopped: When a signal asked for a stop, with a checkpoint.
         OstroError: When a row or file is wrong or the loss is not finite, with a checkpoint.
 
-    Distributed: on all ranks; answers, export and the metrics of the result are those of rank 0.
+    Distributed: on all ranks; export and the metrics of the result are those of rank 0.
     """
     ranks = Ranks.current()
     with ranks.agreed():
@@ -81,11 +81,12 @@ def _run(recipe: VlmRecipe, folder: Path, ranks: Ranks, console: Console) -> vlm
         trainer.whole, chat = whole, Chat(whole, encoder)
     with trainer.batches, runtime.stop_on_signal() as stop:
         trainer.resume(checkpoint, console)
-        during = partial(vlm_result.evaluate_during, recipe.evaluate, chat) if recipe.evaluate else None
-        before = partial(vlm_result.evaluate_untrained, recipe, chat)
+        judges, held_out = trainer.judges, recipe.evaluate
+        during = partial(vlm_result.evaluate_during, held_out, chat, judges) if held_out else None
+        before = partial(vlm_result.evaluate_untrained, recipe, chat, judges)
         run_steps(trainer, recipe.train, recipe.track, folder, console, stop=stop, before=before, evaluate=during)
-    trainer.gather()
-    done = ranks.on_main(lambda: vlm_result.finish(recipe, chat, trainer.step, console))
+    report = trainer.judge(lambda: vlm_result.answer_test(recipe.test, chat, judges) if recipe.test else None)
+    done = ranks.on_main(partial(vlm_result.finish, recipe, chat, report, trainer.step, console))
     return done or vlm_result.VlmResult(folder, folder / "weights")
 
 

@@ -33,6 +33,7 @@ from ostro.train.answers import (
 )
 from ostro.train.metrics import LiveLine, RunLog
 from ostro.train.options import AnswerOptions
+from ostro.train.ranks import Ranks
 from ostro.train.recipe import VlmRecipe
 from ostro.train.report import write_report
 from ostro.train.table import metric_table
@@ -68,36 +69,46 @@ def check_extras() -> None:
         raise missing_extra("eval", "matplotlib")
 
 
-def evaluate_untrained(recipe: VlmRecipe, chat: Chat, log: RunLog, line: LiveLine) -> None:
-    """Scores the model before its first step, on both held-out sets."""
+def evaluate_untrained(recipe: VlmRecipe, chat: Chat, judges: Ranks, log: RunLog, line: LiveLine) -> None:
+    """Scores the model before its first step, on both held-out sets; `judges` share the conversations."""
     if recipe.evaluate is not None:
-        _evaluate_and_log(recipe.evaluate, chat, 0, log)
+        _evaluate_and_log(recipe.evaluate, chat, judges, 0, log)
     if recipe.test is not None:
-        report = evaluate_answers(chat, open_held_out(recipe.test, "test"), recipe.test)
-        (Path(recipe.output) / "untrained.json").write_text(json.dumps(report.metrics) + "\n", encoding="utf-8")
+        report = answer_test(recipe.test, chat, judges)
+        text = json.dumps(report.metrics) + "\n"
+        judges.on_main(lambda: (Path(recipe.output) / "untrained.json").write_text(text, encoding="utf-8"))
         line.say(f"before training  {summarise(report.metrics)}")
 
 
-def evaluate_during(options: AnswerOptions, chat: Chat, step: int, log: RunLog, line: LiveLine) -> None:
-    """Scores the model after `step` steps."""
-    metrics = _evaluate_and_log(options, chat, step, log)
+def evaluate_during(options: AnswerOptions, chat: Chat, judges: Ranks, step: int, log: RunLog, line: LiveLine) -> None:
+    """Scores the model after `step` steps; `judges` share the conversations."""
+    metrics = _evaluate_and_log(options, chat, judges, step, log)
     line.say(f"step {step}  held out  {summarise(metrics)}")
 
 
-def _evaluate_and_log(options: AnswerOptions, chat: Chat, step: int, log: RunLog) -> dict[str, float]:
-    report = evaluate_answers(chat, open_held_out(options, "evaluate"), options)
+def answer_test(options: AnswerOptions, chat: Chat, judges: Ranks) -> AnswerReport:
+    """Has the model answer the test set; the same report on all judges, which share the conversations.
+
+    Distributed: as `evaluate_answers`.
+    """
+    return evaluate_answers(chat, open_held_out(options, "test"), options, judges)
+
+
+def _evaluate_and_log(options: AnswerOptions, chat: Chat, judges: Ranks, step: int, log: RunLog) -> dict[str, float]:
+    report = evaluate_answers(chat, open_held_out(options, "evaluate"), options, judges)
     assert report.loss is not None  # a model's, not a baseline's
     metrics = {**report.metrics, "loss": report.loss}
     log.evaluation(step, "held out", metrics)
     return metrics
 
 
-def finish(recipe: VlmRecipe, chat: Chat, step: int, console: Console) -> VlmResult:
-    """Scores the trained model, exports it, verifies the export and writes the report.
+def finish(recipe: VlmRecipe, chat: Chat, report: AnswerReport | None, step: int, console: Console) -> VlmResult:
+    """Exports the trained model, verifies the export and writes the results.
 
     Args:
         recipe: The run.
         chat: The trained model.
+        report: Its answers to the test set; None without one.
         step: Optimizer steps done.
         console: Where the result is shown.
 
@@ -111,13 +122,11 @@ def finish(recipe: VlmRecipe, chat: Chat, step: int, console: Console) -> VlmRes
     metrics: Mapping[str, float] = {}
     baselines: dict[str, Mapping[str, float]] = {}
     samples: list[dict[str, Any]] = []
-    if recipe.test is not None:
-        held_out = open_held_out(recipe.test, "test")
-        report = evaluate_answers(chat, held_out, recipe.test)
+    if report is not None:
         report.save(folder / "test" / "answers.jsonl")
         metrics = report.metrics
         training = (conversation for source in open_conversations(recipe.data.train) for conversation in source)
-        baselines["question only"] = answer_by_question(training, held_out).metrics
+        baselines["question only"] = answer_by_question(training, report.conversations).metrics
         untrained = folder / "untrained.json"
         if untrained.exists():
             baselines["untrained"] = json.loads(untrained.read_text(encoding="utf-8"))

@@ -1,0 +1,109 @@
+"""Evaluation shared out over ranks that each hold the whole model: every rank takes each n-th item, and all get what
+one process would.
+
+What is evaluated and how it is scored is left to `retrieval` and `answers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from ostro.data.evaluation_set import open_evaluation
+from ostro.errors import OstroError, ToldElsewhere
+from ostro.inference.encoder import Encoder
+from ostro.parallel.collectives import all_gather_rows
+from ostro.retrieval.evaluate import evaluate
+from ostro.retrieval.options import EvaluateOptions
+from ostro.retrieval.report import RetrievalReport
+from ostro.train.ranks import Ranks
+
+Item = TypeVar("Item")
+
+
+def share_of(items: Sequence[Item], ranks: Ranks) -> Sequence[Item]:
+    """Every n-th item, beginning with that of this rank."""
+    return items[ranks.rank :: ranks.world_size]
+
+
+def gather_shares(own: Sequence[Any], ranks: Ranks) -> list[Any]:
+    """The results of all ranks in the order of the items that `share_of` dealt out.
+
+    Args:
+        own: Results for this rank's items; any that can be pickled.
+        ranks: Those that took part.
+
+    Distributed: as `Ranks.gather`.
+    """
+    shares = ranks.gather(list(own))
+    results: list[Any] = [None] * sum(map(len, shares))
+    for rank, share in enumerate(shares):
+        results[rank :: ranks.world_size] = share
+    return results
+
+
+class SharedEncoder:
+    """An encoder whose texts are dealt out over ranks; every rank gets all vectors."""
+
+    def __init__(self, encoder: Encoder, ranks: Ranks) -> None:
+        """Keeps both.
+
+        Args:
+            encoder: With the same weights on all ranks.
+            ranks: Those that call the methods together, with the same texts.
+        """
+        self._encoder, self._ranks = encoder, ranks
+
+    def encode_query(self, texts: Sequence[str]) -> torch.Tensor:
+        """Embeddings `[N, D]` of queries, float32 on the CPU, on every rank.
+
+        Distributed: one all-gather.
+        """
+        return self._share(self._encoder.encode_query, texts)
+
+    def encode_document(self, texts: Sequence[str]) -> torch.Tensor:
+        """Embeddings `[N, D]` of documents, float32 on the CPU, on every rank.
+
+        Distributed: one all-gather.
+        """
+        return self._share(self._encoder.encode_document, texts)
+
+    def _share(self, encode: Callable[[Sequence[str]], torch.Tensor], texts: Sequence[str]) -> torch.Tensor:
+        ranks = self._ranks
+        with ranks.agreed():
+            own = encode(share_of(texts, ranks))
+        counts = [[len(texts[rank :: ranks.world_size])] for rank in range(ranks.world_size)]
+        # to the model's device: its backend gathers there
+        [gathered] = all_gather_rows([own.to(self._encoder.embedder.device)], counts, ranks.group)
+        embeddings = torch.empty(len(texts), own.shape[1])
+        for rank, rows in enumerate(gathered.split([count for [count] in counts])):
+            embeddings[rank :: ranks.world_size] = rows.cpu()
+        return embeddings
+
+
+def search(options: EvaluateOptions, encoder: Encoder, ranks: Ranks) -> RetrievalReport:
+    """Searches a held-out set with the texts dealt out over ranks.
+
+    Args:
+        options: Which set, and how it is scored.
+        encoder: With the same weights on all ranks.
+        ranks: Those that call it together.
+
+    Returns:
+        The report of one process, the same on all ranks.
+
+    Raises:
+        OstroError: When the set cannot be read or scored; `ToldElsewhere` on ranks other than the one that tells.
+
+    Distributed: one all-gather for the queries and for each block of documents.
+    """
+    with ranks.agreed():
+        evaluation = open_evaluation(options.path, options.split)
+    try:
+        return evaluate(SharedEncoder(encoder, ranks), evaluation, options, seed=0)
+    except OstroError as error:
+        if ranks.is_main:
+            raise
+        raise ToldElsewhere(str(error)) from error

@@ -1,0 +1,94 @@
+"""Evaluation shared out over ranks: the report of one process, on every rank, and an error that is told once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ostro.errors import OstroError, ToldElsewhere
+from ostro.inference.chat import Chat
+from ostro.inference.encoder import Encoder
+from ostro.retrieval.options import EvaluateOptions
+from ostro.train import vlm
+from ostro.train.answers import AnswerReport, evaluate_answers, open_held_out
+from ostro.train.ranks import Ranks
+from ostro.train.shared import SharedEncoder, gather_shares, search, share_of
+from tests.helpers import runs, vlm_runs
+from tests.helpers.ranks import RankPool
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`embed/` and `vlm/`, each with weights and data."""
+    folder = tmp_path_factory.mktemp("shared")
+    runs.make_inputs(folder / "embed")
+    vlm_runs.make_inputs(folder / "vlm")
+    return folder
+
+
+def _options(inputs: Path, **settings: Any) -> EvaluateOptions:
+    block = runs.recipe(inputs / "embed", inputs / "run").test
+    assert block is not None
+    return block.model_copy(update=settings)
+
+
+def _encoder(inputs: Path) -> Encoder:
+    return Encoder.from_pretrained(inputs / "embed" / "weights", dtype=torch.float32, device="cpu")
+
+
+def _search(group: dist.ProcessGroup | None, inputs: Path) -> tuple[dict[str, float], torch.Tensor]:
+    encoder, ranks = _encoder(inputs), Ranks.current()
+    shared = SharedEncoder(encoder, ranks).encode_document(["one", "two words", "three"])
+    return dict(search(_options(inputs), encoder, ranks).metrics), shared
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_search_is_that_of_one_process(ranks: RankPool, inputs: Path, num_ranks: int) -> None:
+    encoder = _encoder(inputs)
+    alone = search(_options(inputs), encoder, Ranks())
+    vectors = encoder.encode_document(["one", "two words", "three"])  # fewer than four ranks
+    for metrics, shared in ranks.run(_search, inputs, world_size=num_ranks):
+        assert metrics == alone.metrics
+        torch.testing.assert_close(shared, vectors, atol=1e-6, rtol=0)
+
+
+def _fail(group: dist.ProcessGroup | None, inputs: Path) -> str:
+    try:
+        search(_options(inputs, ks=(10_000,)), _encoder(inputs), Ranks.current())
+    except ToldElsewhere:
+        return "silent"
+    except OstroError as error:
+        return str(error)
+    return "no error"
+
+
+def test_an_error_is_told_by_one_rank(ranks: RankPool, inputs: Path) -> None:
+    told, silent = ranks.run(_fail, inputs)
+    assert told.startswith("ks: ")
+    assert silent == "silent"
+
+
+def _answer(group: dist.ProcessGroup | None, inputs: Path) -> AnswerReport:
+    recipe = vlm_runs.recipe(inputs / "vlm", inputs / "run")
+    model, encoder = vlm.build_model(recipe)
+    assert recipe.test is not None
+    return evaluate_answers(Chat(model, encoder), open_held_out(recipe.test, "test"), recipe.test, Ranks.current())
+
+
+def test_answers_are_those_of_one_process(ranks: RankPool, inputs: Path) -> None:
+    alone = _answer(None, inputs)
+    for report in ranks.run(_answer, inputs):
+        assert report.answers == alone.answers
+        assert report.conversations == alone.conversations
+        assert report.loss == pytest.approx(alone.loss, rel=1e-5)
+
+
+def test_shares_come_back_in_order() -> None:
+    items = [*range(7)]
+    three = [Ranks(rank, 3) for rank in range(3)]
+    assert [list(share_of(items, ranks)) for ranks in three] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert gather_shares(items, Ranks()) == items
