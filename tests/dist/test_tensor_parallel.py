@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from ostro.checkpoint.create import create_weights
 from ostro.checkpoint.load import load_vlm
@@ -123,6 +124,20 @@ def test_a_padded_text_and_other_linear_layers(ranks: RankPool) -> None:
         for name, gradient in expected.items():
             # float32 sums in another order
             torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
+
+
+def _num_sums(group: dist.ProcessGroup) -> int:
+    model = _tower()
+    split_layers(model, TEXT_TOWER, init_device_mesh("cpu", (group.size(),)))
+    with CommDebugMode() as counted:
+        model(input_ids=INPUT_IDS).last_hidden_state.sum().backward()
+    assert counted.get_total_counts() == counted.get_comm_counts()[torch.ops.c10d_functional.all_reduce]
+    return counted.get_total_counts()
+
+
+def test_what_a_layer_sends(ranks: RankPool) -> None:
+    """Attention and MLP of each of two layers send one sum forward and one backward, the embedding one forward."""
+    assert ranks.run(_num_sums) == [9, 9]
 
 
 def _looked_up(group: dist.ProcessGroup, ids: torch.Tensor, padding: int | None) -> tuple[torch.Tensor, torch.Tensor]:
