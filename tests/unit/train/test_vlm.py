@@ -119,7 +119,7 @@ def test_going_on_reads_the_frozen_weights_alone(inputs: Path, tmp_path: Path, m
             with tensor.file.open("r+b") as file:  # nan in every type, which the reader refuses
                 file.seek(tensor.begin)
                 file.write(b"\xff" * tensor.num_bytes)
-    with pytest.raises(CheckpointError, match="not finite|nan"):
+    with pytest.raises(CheckpointError, match=r"not finite|nan"):
         vlm.build_model(parts)
     vlm.run(parts, console=quiet())
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
