@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated, BinaryIO, Literal
 
 import typer
 
@@ -37,6 +37,12 @@ app = typer.Typer(
 recipes_app = typer.Typer()
 app.add_typer(recipes_app, name="recipes")
 
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a shipped recipe.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key=value", help="Values that replace those of the recipe.")
+]
 Weights = Annotated[str, typer.Argument(metavar="WEIGHTS", help="Weights folder or hub id.", show_default=False)]
 
 
@@ -118,14 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @app.command(epilog="Example: ostro train embed-demo output=runs/first train.num_steps=800")
-def train(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a shipped recipe.", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="key=value", help="Values that replace those of the recipe.")
-    ] = None,
-) -> None:
+def train(recipe: Recipe, overrides: Overrides = None) -> None:
     """Train by a recipe; run it again to resume from the last checkpoint."""
     from ostro.config import load_recipe
     from ostro.train.recipe import KINDS
@@ -162,6 +161,42 @@ def train(
     except KeyboardInterrupt as error:
         message = f"{loaded.output}: interrupted; run the same command again to go on from its last checkpoint"
         raise runtime.Stopped(message, signal.SIGINT) from error
+
+
+@app.command(epilog="Example: ostro plan vlm-mistral-medium-3.5-128b --gpus 64 --memory 80")
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="Ranks, one per GPU.", show_default=False)] = ...,  # type: ignore[assignment]
+    memory: Annotated[float, typer.Option(help="GiB of each GPU.", show_default=False)] = ...,  # type: ignore[assignment]
+    gpus_per_machine: Annotated[int, typer.Option(help="GPUs with fast links to one another.")] = 8,
+    image_share: Annotated[float, typer.Option(help="Share of a micro-batch's tokens that images take.")] = 0.5,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Whose attention kernels run.")] = "cuda",
+    as_json: Annotated[bool, typer.Option("--json", help="Every split as JSON.")] = False,
+) -> None:
+    """Tell which splits of the ranks fit on so many GPUs, from configurations alone; exit code 1 when none does."""
+    from ostro.config import load_recipe
+    from ostro.train.recipe import KINDS
+
+    loaded = load_recipe(recipe, overrides or [], KINDS)
+
+    from ostro.cli_plan import plan_as_json, show_plan
+    from ostro.plan.splits import make_plan
+
+    logging.getLogger("ostro").setLevel(logging.WARNING)  # layers are built many times over
+    made = make_plan(
+        loaded,
+        num_gpus=gpus,
+        memory_gib=memory,
+        device=device,
+        image_share=image_share,
+        gpus_per_machine=gpus_per_machine,
+    )
+    if as_json:
+        print(plan_as_json(made))
+    else:
+        show_plan(made, recipe)
+    made.check_fits()
 
 
 @app.command(epilog="Example: ostro evaluate runs/first/weights --data my-corpus --bm25")

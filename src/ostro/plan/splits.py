@@ -1,0 +1,316 @@
+"""Which ways of laying a run out on so many GPUs fit into their memory, best first: `make_plan(recipe, ...)`.
+
+Bytes are left to `memory` and `traffic`, the table to the command line. The idea: there are few ways to write a number
+as a product of four, so all are tried, those that a rule forbids with the rule as the reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ostro.errors import OstroError, RecipeError
+from ostro.parallel.mesh import AXES
+from ostro.plan.memory import Sizes, Split, Stage, Usage, usage, whole_model
+from ostro.plan.releases import read_config
+from ostro.plan.shapes import DeviceKind, Settings
+from ostro.plan.traffic import Step, step_traffic
+from ostro.train.parts import PARTS
+from ostro.train.recipe import EmbedRecipe, VlmRecipe
+
+GIB = 2**30
+
+USABLE = 0.9
+"""Share of a GPU's memory that a plan may fill; the rest is for the CUDA context, NCCL and gaps between tensors."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Memory of the ranks of a split.
+
+    Attributes:
+        usage: Of the rank that trains the most expensive stage.
+        rank_0: Bytes of rank 0, with the whole model that it evaluates and exports.
+    """
+
+    usage: Usage
+    rank_0: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the fullest rank."""
+        return max(self.usage.peak, self.rank_0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A split of the ranks that no rule forbids.
+
+    Attributes:
+        split: Its sizes.
+        needs: Memory as the recipe says.
+        other: Memory with activation checkpointing where the recipe has none, or without where it has.
+        step: Traffic and time.
+        num_micro_batches: Of a rank in a step.
+        reason: Why it does not fit; empty where it does.
+    """
+
+    split: Split
+    needs: Needs
+    other: Needs
+    step: Step
+    num_micro_batches: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step works on.
+
+    Attributes:
+        key: Of the recipe, that bounds the number of data-parallel ranks.
+        num_samples: Conversations or queries of a step.
+        sample_tokens: Tokens of each, taken to be as many as the recipe allows.
+        num_passes: Forward passes of a micro-batch.
+    """
+
+    key: str
+    num_samples: int
+    sample_tokens: int
+    num_passes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All splits of a run.
+
+    Attributes:
+        settings: Of the run.
+        source: Where its configuration is from.
+        batch: Of a step.
+        num_parameters: Of the whole model.
+        limit: Bytes that a rank may hold.
+        fitting: Best first: the shortest step, of equal ones the smaller peak.
+        too_large: Nearest first: those that only rank 0 has no room for, as above; then by their peak.
+        forbidden: Splits that a rule forbids, whatever the memory, and the rule.
+    """
+
+    settings: Settings
+    source: str
+    batch: Batch
+    num_parameters: int
+    limit: float
+    fitting: tuple[Choice, ...]
+    too_large: tuple[Choice, ...]
+    forbidden: tuple[tuple[Split, str], ...]
+
+    def check_fits(self) -> None:
+        """Raises an error that names what to change when no split fits.
+
+        Raises:
+            OstroError: Naming the key of the recipe, or the memory asked for.
+        """
+        if self.fitting:
+            return
+        if not self.too_large:
+            split, rule = self.forbidden[0]
+            raise OstroError(f"{rule}; no other split is left of the {split.num_ranks} ranks")
+        nearest = self.too_large[0]
+        peak = f"{nearest.needs.peak / GIB:,.1f} GiB"
+        advice = "lower data.micro_batch_tokens, freeze parts (model.freeze) or use more GPUs"
+        if nearest.other.peak <= self.limit and not self.settings.recompute:
+            advice = "set model.activation_checkpointing=true"
+        elif nearest.needs.usage.peak <= self.limit:
+            advice = "only rank 0 is too full: it holds the whole model besides, to evaluate and export it"
+        raise OstroError(
+            f"--memory: no split of {nearest.split.num_ranks} ranks fits; the nearest, {nearest.split}, takes {peak} "
+            f"where {self.limit / GIB:,.1f} are usable: {advice}"
+        )
+
+
+def make_plan(
+    recipe: EmbedRecipe | VlmRecipe,
+    *,
+    num_gpus: int,
+    memory_gib: float,
+    device: DeviceKind = "cuda",
+    image_share: float = 0.5,
+    gpus_per_machine: int = 8,
+) -> Plan:
+    """Tries every split of `num_gpus` ranks that the recipe's block `parallel` leaves open.
+
+    Args:
+        recipe: The run. Sizes that its `parallel` sets, other than to -1, stay.
+        num_gpus: Ranks, >= 1.
+        memory_gib: Memory of each, > 0.
+        device: Whose kernels run.
+        image_share: Share of a micro-batch's tokens that are image tokens.
+        gpus_per_machine: GPUs with fast links to one another.
+
+    Returns:
+        The plan; `fitting` is empty when nothing fits.
+
+    Raises:
+        RecipeError: When a number is out of range, the sizes of `parallel` do not divide the ranks, or the model is
+            unknown.
+        LayoutError: When the model's configuration cannot be used.
+    """
+    if num_gpus < 1:
+        raise RecipeError(f"--gpus: must be at least 1, got {num_gpus}")
+    if not 0 < memory_gib < math.inf:
+        raise RecipeError(f"--memory: must be more than 0 GiB and finite, got {memory_gib:g}")
+    if not 0 <= image_share <= 1:
+        raise RecipeError(f"--image-share: must be from 0 to 1, got {image_share:g}")
+    if gpus_per_machine < 1:
+        raise RecipeError(f"--gpus-per-machine: must be at least 1, got {gpus_per_machine}")
+    config, source = read_config(recipe)
+    settings, batch = _settings(recipe, config, device, image_share), _batch(recipe)
+    sizes, swapped = Sizes(settings), Sizes(replace(settings, recompute=not settings.recompute))
+    limit = memory_gib * USABLE * GIB
+    choices, forbidden = [], []
+    for split in _splits(recipe, num_gpus):
+        num_micro_batches = _num_micro_batches(settings, batch, split)
+        if rule := _forbidden(settings, batch, split, num_micro_batches):
+            forbidden.append((split, rule))
+            continue
+        needs, other = (_needs(each, split, num_micro_batches) for each in (sizes, swapped))
+        step = step_traffic(
+            sizes,
+            split,
+            num_micro_batches=num_micro_batches,
+            num_tokens=batch.num_samples * batch.sample_tokens,
+            gpus_per_machine=gpus_per_machine,
+            num_passes=batch.num_passes if num_micro_batches > 1 else 1,
+        )
+        choices.append(Choice(split, needs, other, step, num_micro_batches, _too_large(needs, other, settings, limit)))
+    fitting = sorted((choice for choice in choices if not choice.reason), key=_badness)
+    too_large = sorted((choice for choice in choices if choice.reason), key=lambda choice: _distance(choice, limit))
+    num_parameters = sum(weights.all for weights in sizes.counts(1).values())
+    return Plan(settings, source, batch, num_parameters, limit, tuple(fitting), tuple(too_large), tuple(forbidden))
+
+
+def _badness(choice: Choice) -> tuple[float, int]:
+    return choice.step.seconds, choice.needs.peak
+
+
+def _distance(choice: Choice, limit: float) -> tuple[bool, float]:
+    is_full = choice.needs.usage.peak > limit
+    return is_full, choice.needs.usage.peak if is_full else choice.step.seconds
+
+
+def _settings(
+    recipe: EmbedRecipe | VlmRecipe, config: PreTrainedConfig, device: DeviceKind, image_share: float
+) -> Settings:
+    return Settings(
+        config=config,
+        dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}[recipe.model.dtype],
+        frozen=frozenset(recipe.model.freeze if isinstance(recipe, VlmRecipe) else ()),
+        recompute=recipe.model.activation_checkpointing,
+        num_tokens=recipe.data.micro_batch_tokens,
+        image_share=image_share if isinstance(recipe, VlmRecipe) else 0.0,
+        device=device,
+        num_texts=_num_texts(recipe) if isinstance(recipe, EmbedRecipe) else (0, 0),
+    )
+
+
+def _num_texts(recipe: EmbedRecipe) -> tuple[int, int]:
+    queries = recipe.data.global_batch_queries
+    return queries, queries * (1 + recipe.data.num_negatives)
+
+
+def _batch(recipe: EmbedRecipe | VlmRecipe) -> Batch:
+    if isinstance(recipe, VlmRecipe):
+        return Batch("data.global_batch_samples", recipe.data.global_batch_samples, recipe.data.max_tokens, 1)
+    data = recipe.data
+    tokens = data.query_max_tokens + (1 + data.num_negatives) * data.document_max_tokens
+    return Batch("data.global_batch_queries", data.global_batch_queries, tokens, 2)
+
+
+def _splits(recipe: EmbedRecipe | VlmRecipe, num_gpus: int) -> Iterator[Split]:
+    """Every product of four that makes up the ranks, with the sizes that the recipe sets."""
+    given = {axis: vars(recipe.parallel)[axis] for axis in recipe.parallel.model_fields_set}
+    given = {axis: size for axis, size in given.items() if size != -1}
+    product = math.prod(given.values())
+    if product < 1 or num_gpus % product:
+        shown = ", ".join(f"{axis} {size}" for axis, size in given.items())
+        key = next(axis for axis in AXES if axis in given)
+        raise RecipeError(f"parallel.{key}: the sizes given ({shown}) must divide the {num_gpus} ranks of --gpus")
+    divisors = [size for size in range(1, num_gpus + 1) if num_gpus % size == 0]
+    found = False
+    for chosen in itertools.product(*([given[axis]] if axis in given else divisors for axis in AXES)):
+        split = Split(**dict(zip(AXES, chosen, strict=True)))
+        if split.num_ranks == num_gpus:
+            found = True
+            yield split
+    if not found:
+        shown = ", ".join(f"{axis} {size}" for axis, size in given.items())
+        raise RecipeError(f"parallel: {shown} make up {product} ranks, --gpus asks for {num_gpus}; leave an axis open")
+
+
+def _num_micro_batches(settings: Settings, batch: Batch, split: Split) -> int:
+    samples = math.ceil(batch.num_samples / split.num_data_ranks)
+    together = max(settings.num_tokens // batch.sample_tokens, 1)
+    return math.ceil(samples / together)
+
+
+def _forbidden(settings: Settings, batch: Batch, split: Split, num_micro_batches: int) -> str:
+    """The rule that a split breaks, whatever the memory; empty where it breaks none."""
+    text: Any = settings.text_config
+    for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
+        size = int(vars(text)[name])
+        if size % split.tp:
+            return f"parallel.tp: {split.tp} does not divide {name}, {size}"
+    if split.pp > 1 and settings.is_embedder:
+        return "parallel.pp: an embedder is not cut into stages"
+    if split.pp > text.num_hidden_layers:
+        return f"parallel.pp: more stages than the {text.num_hidden_layers} text layers"
+    if split.num_data_ranks > batch.num_samples:
+        return f"{batch.key}: {batch.num_samples} for {split.num_data_ranks} data-parallel ranks"
+    if split.pp > num_micro_batches:
+        return f"{batch.key}: {num_micro_batches} micro-batches for {split.pp} stages"
+    if split.dp_shard > 1 and set(PARTS) - settings.frozen == {"head"}:
+        return "model.freeze: the head alone cannot be trained with dp_shard"
+    return ""
+
+
+def cut_layers(sizes: Sizes, split: Split, num_micro_batches: int) -> list[Stage]:
+    """The stages of a pipeline, with about the same number of weights, those of vision and head included.
+
+    Args:
+        sizes: Of the run.
+        split: Of the ranks.
+        num_micro_batches: Of a step; the first of n stages keeps n of them at once (1F1B).
+    """
+    counts, num_layers = sizes.counts(split.tp), sizes.settings.text_config.num_hidden_layers
+    layer = counts["language_model"].all / num_layers
+    first = sum(counts[part].all for part in ("vision", "projector") if part in counts) / layer
+    last = counts["embeddings" if sizes.settings.is_tied else "head"].all / layer if "head" in counts else 0
+    share = (first + num_layers + last) / split.pp
+    cuts = [int(share * index - first + 0.5) for index in range(1, split.pp)]
+    cuts = [min(max(cut, index), num_layers - split.pp + index) for index, cut in enumerate(cuts, 1)]
+    return [
+        Stage(end - start, index == 0, index == split.pp - 1, min(split.pp - index, num_micro_batches))
+        for index, (start, end) in enumerate(itertools.pairwise((0, *cuts, num_layers)))
+    ]
+
+
+def _needs(sizes: Sizes, split: Split, num_micro_batches: int) -> Needs:
+    usages = [usage(sizes, split, stage) for stage in cut_layers(sizes, split, num_micro_batches)]
+    return Needs(max(usages, key=lambda each: each.peak), usages[0].peak + whole_model(sizes, split))
+
+
+def _too_large(needs: Needs, other: Needs, settings: Settings, limit: float) -> str:
+    if needs.peak <= limit:
+        return ""
+    over = f"{needs.peak / GIB:,.1f} GiB for {limit / GIB:,.1f}"
+    if needs.usage.peak <= limit:
+        return f"{over} on rank 0, with the whole model"
+    if other.peak <= limit and not settings.recompute:
+        return f"{over}; fits with model.activation_checkpointing=true"
+    return over

@@ -1,0 +1,48 @@
+"""What `ostro plan` predicts is what ranks hold: within a tenth of the bytes of all tensors that live during a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import plan_runs
+from tests.helpers.ranks import RankPool
+
+ONE = {"dp_replicate": 1}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 M parameters; samples of about 270 tokens, 72 of them of a picture."""
+    folder = tmp_path_factory.mktemp("plan")
+    plan_runs.make_inputs(folder, size="tiny", vocab_size=2000, num_words=20, pixels=(336, 168))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "parallel", "model"),
+    [
+        ("vlm", ONE, {}),
+        ("vlm", ONE, {"activation_checkpointing": True}),
+        ("vlm", ONE, {"dtype": "float32"}),
+        ("vlm", ONE, {"freeze": ["vision", "embeddings"]}),
+        ("vlm", {"dp_replicate": 2}, {}),
+        ("vlm", {"dp_replicate": 1, "dp_shard": 2}, {"activation_checkpointing": True}),
+        ("embed", ONE, {}),
+        ("embed", {"dp_replicate": 1, "dp_shard": 2}, {}),
+    ],
+)
+def test_the_peak_is_predicted_within_a_tenth(
+    ranks: RankPool, inputs: Path, kind: str, parallel: dict[str, int], model: dict[str, Any]
+) -> None:
+    num_ranks = parallel["dp_replicate"] * parallel.get("dp_shard", 1)
+    blocks = {"parallel": parallel, "model": {"weights": str(inputs / "weights"), **model}}
+    # at least three micro-batches for each rank, so that the largest meets gradients of those before
+    data = {"micro_batch_tokens": 1024, "max_tokens": 512} if kind == "vlm" else {"micro_batch_tokens": 512}
+    recipe = plan_runs.recipe(inputs, kind, num_samples=8 * num_ranks, data=data, **blocks)
+    found = ranks.run(plan_runs.measured, recipe, world_size=num_ranks)
+    choice = plan_runs.predicted(recipe, num_ranks, int(found[0]["tokens"]), found[0]["image_share"])
+    for rank in found:
+        assert choice.needs.usage.peak == pytest.approx(rank["live"], rel=0.1)
