@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("vlm", ONE, {"freeze": ["vision", "embeddings"]}),
         ("vlm", {"dp_replicate": 2}, {}),
         ("vlm", {"dp_replicate": 1, "dp_shard": 2}, {"activation_checkpointing": True}),
+        ("vlm", {"dp_replicate": 1, "tp": 2}, {}),
+        ("vlm", {"dp_replicate": 1, "tp": 2}, {"activation_checkpointing": True}),
         ("embed", ONE, {}),
         ("embed", {"dp_replicate": 1, "dp_shard": 2}, {}),
     ],
@@ -37,11 +40,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_peak_is_predicted_within_a_tenth(
     ranks: RankPool, inputs: Path, kind: str, parallel: dict[str, int], model: dict[str, Any]
 ) -> None:
-    num_ranks = parallel["dp_replicate"] * parallel.get("dp_shard", 1)
+    num_ranks = math.prod(parallel.values())
+    num_data_ranks = num_ranks // parallel.get("tp", 1)
     blocks = {"parallel": parallel, "model": {"weights": str(inputs / "weights"), **model}}
     # at least three micro-batches for each rank, so that the largest meets gradients of those before
     data = {"micro_batch_tokens": 1024, "max_tokens": 512} if kind == "vlm" else {"micro_batch_tokens": 512}
-    recipe = plan_runs.recipe(inputs, kind, num_samples=8 * num_ranks, data=data, **blocks)
+    recipe = plan_runs.recipe(inputs, kind, num_samples=8 * num_data_ranks, data=data, **blocks)
     found = ranks.run(plan_runs.measured, recipe, world_size=num_ranks)
     choice = plan_runs.predicted(recipe, num_ranks, int(found[0]["tokens"]), found[0]["image_share"])
     for rank in found:

@@ -115,10 +115,10 @@ def _trainer(recipe: Recipe) -> Trainer:
     mesh = build_mesh(recipe.parallel, Ranks.current().world_size, "cpu")
     if isinstance(recipe, EmbedRecipe):
         embedder, tokenizer = embed.build_embedder(recipe)
-        embedder = embedder if mesh is None else embed.split_embedder(embedder, mesh, keep=False)
-        return embed.EmbedTrainer(recipe, embedder, embed.open_loader(recipe, tokenizer))
+        embedder = embed.split_embedder(embedder, mesh, keep=False)
+        return embed.EmbedTrainer(recipe, embedder, embed.open_loader(recipe, tokenizer, mesh), mesh)
     model, encoder = vlm.build_model(recipe, mesh)
-    return vlm.VlmTrainer(recipe, model, vlm.open_loader(recipe, encoder))
+    return vlm.VlmTrainer(recipe, model, vlm.open_loader(recipe, encoder, mesh), mesh)
 
 
 def _status(name: str) -> int:

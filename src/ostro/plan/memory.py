@@ -213,10 +213,11 @@ class _Rank:
         found["forward pass of the text layers"] = full + text + self.gathered(self.layer, "language_model")
         if self.settings.is_embedder:
             found["loss"] = full + _at("language_model", "transient", self.contrastive_loss())
-            if self.is_split:
-                found["set-up, before the weights are split"] = Counter(
-                    {(part, "weights"): weights.all * _FLOAT32 for part, weights in self.counts.items()}
-                )
+            # every rank has loaded the whole tower by then
+            each = _FLOAT32 if self.is_split else self.item
+            found["set-up, before the weights are split"] = Counter(
+                {(part, "weights"): weights.all * each for part, weights in self.sizes.counts(1).items()}
+            )
         if self.head.all:
             found["loss"] = full + _at("head", "transient", self.loss())
         pending = _at("head", "transient", self.pending_head())
@@ -253,7 +254,9 @@ class _Rank:
         tile = min(_TILE, self.head.all * _FLOAT32) if self.settings.device == "cpu" and self.item < _FLOAT32 else 0
         vocabulary = self.head.all // self.settings.text_config.hidden_size
         chunk = min(CHUNK_ROWS, rows) * vocabulary * _FLOAT32 + tile
-        kept = self.row + self.head.trained * _FLOAT32
+        # of a head that ranks share, the hidden gradient is summed over them in float32
+        wide = _FLOAT32 // self.item if self.split.tp > 1 else 1
+        kept = self.row * wide + self.head.trained * _FLOAT32
         return kept + max(chunk, self.row + self.head.trained * self.item)
 
     def contrastive_loss(self) -> int:

@@ -16,21 +16,15 @@ from transformers import Ministral3Config, Mistral3Config, PreTrainedConfig, Pre
 
 from ostro.models.backbone import MODEL_CLASSES
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
+from ostro.parallel.plans import VISION_LANGUAGE
 from ostro.train.options import Part
 from ostro.train.parts import part_of
 
 DeviceKind = Literal["cuda", "cpu"]
 """Devices whose attention kernels are known."""
 
-# weights of the text side by the dim that tensor-parallel ranks share; the vision side is whole on each of them
-_SHARED = {
-    r"model\.language_model\.embed_tokens\.weight": 0,
-    r"model\.language_model\.layers\.\d+\.self_attn\.[qkv]_proj\.weight": 0,
-    r"model\.language_model\.layers\.\d+\.self_attn\.o_proj\.weight": 1,
-    r"model\.language_model\.layers\.\d+\.mlp\.(gate|up)_proj\.weight": 0,
-    r"model\.language_model\.layers\.\d+\.mlp\.down_proj\.weight": 1,
-    r"lm_head\.weight": 0,
-}
+_SHARED_DIMS = {"outputs": 0, "vocabulary": 0, "head": 0, "inputs": 1}
+"""Dim of a weight that tensor-parallel ranks share, by the role of its module."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +122,9 @@ def split_dim(name: str, tp: int) -> int | None:
         tp: Ranks that split a layer.
     """
     if tp > 1:
-        for pattern, dim in _SHARED.items():
-            if re.fullmatch(pattern, name):
-                return dim
+        for pattern, role in VISION_LANGUAGE.items():
+            if role in _SHARED_DIMS and re.fullmatch(rf"(?:{pattern})\.weight", name):
+                return _SHARED_DIMS[role]
     return None
 
 

@@ -10,13 +10,12 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from ostro.errors import OstroError, RecipeError
-from ostro.parallel.mesh import AXES
+from ostro.parallel.mesh import AXES, check_fits
 from ostro.plan.memory import Sizes, Split, Stage, Usage, usage, whole_model
 from ostro.plan.releases import read_config
 from ostro.plan.shapes import DeviceKind, Settings
@@ -261,15 +260,12 @@ def _num_micro_batches(settings: Settings, batch: Batch, split: Split) -> int:
 
 def _forbidden(settings: Settings, batch: Batch, split: Split, num_micro_batches: int) -> str:
     """The rule that a split breaks, whatever the memory; empty where it breaks none."""
-    text: Any = settings.text_config
-    for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
-        size = int(vars(text)[name])
-        if size % split.tp:
-            return f"parallel.tp: {split.tp} does not divide {name}, {size}"
     if split.pp > 1 and settings.is_embedder:
         return "parallel.pp: an embedder is not cut into stages"
-    if split.pp > text.num_hidden_layers:
-        return f"parallel.pp: more stages than the {text.num_hidden_layers} text layers"
+    try:
+        check_fits(vars(split), settings.text_config)
+    except RecipeError as error:
+        return str(error).partition(";")[0]
     if split.num_data_ranks > batch.num_samples:
         return f"{batch.key}: {batch.num_samples} for {split.num_data_ranks} data-parallel ranks"
     if split.pp > num_micro_batches:
