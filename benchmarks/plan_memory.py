@@ -22,14 +22,13 @@ ROOT = Path(__file__).parents[1]
 MIB = 2**20
 CASES: tuple[tuple[str, dict[str, int], dict[str, Any]], ...] = (
     ("vlm", {"dp_replicate": 1}, {}),
-    ("vlm", {"dp_replicate": 1}, {"activation_checkpointing": True}),
-    ("vlm", {"dp_replicate": 1}, {"freeze": ["vision"]}),
-    ("vlm", {"dp_replicate": 1}, {"dtype": "float32"}),
     ("vlm", {"dp_replicate": 2}, {}),
     ("vlm", {"dp_replicate": 1, "dp_shard": 2}, {}),
-    ("vlm", {"dp_replicate": 1, "dp_shard": 2}, {"activation_checkpointing": True}),
     ("vlm", {"dp_replicate": 1, "tp": 2}, {}),
-    ("vlm", {"dp_replicate": 1, "tp": 2}, {"activation_checkpointing": True}),
+    ("vlm", {"dp_replicate": 1, "dp_shard": 2}, {"activation_checkpointing": True}),
+    ("vlm", {"dp_replicate": 1}, {"dtype": "float32"}),
+    ("vlm", {"dp_replicate": 1}, {"activation_checkpointing": True}),
+    ("vlm", {"dp_replicate": 1}, {"freeze": ["vision"]}),
     ("embed", {"dp_replicate": 1}, {}),
     ("embed", {"dp_replicate": 1, "dp_shard": 2}, {}),
 )
@@ -45,8 +44,8 @@ def compare(folder: Path, kind: str, parallel: dict[str, int], model: dict[str, 
     recipe = plan_runs.recipe(
         folder,
         kind,
-        num_samples=8 * num_data_ranks,
-        data={"micro_batch_tokens": 1536, **({"max_tokens": 1024} if kind == "vlm" else {"query_max_tokens": 512})},
+        num_samples=4 * num_data_ranks,
+        data={"micro_batch_tokens": 1024, **({"max_tokens": 1024} if kind == "vlm" else {"query_max_tokens": 512})},
         model={"weights": str(folder / "weights"), **model},
         parallel=parallel,
     )
@@ -85,9 +84,9 @@ def main() -> None:
             print(rows[-1], flush=True)
     body = "\n\n".join(
         [
-            "24 M parameters (20 M without the head), steps of several full micro-batches, one thread per rank. Live is "
-            "the most bytes of all tensors at once, each storage counted once; resident growth is that of the process "
-            "within a step, above what it held before.",
+            "24 M parameters, steps of several full micro-batches, one thread per rank. Live is the most bytes of all "
+            "tensors at once, each storage counted once; resident growth is that of the process within a step, above "
+            "what it held before.",
             table(rows, list(rows[0])),
         ]
     )

@@ -39,7 +39,7 @@ def show_plan(plan: Plan, name: str) -> None:
         plan: What `make_plan` found.
         name: Of the recipe, as it was asked for.
     """
-    unit = _GIB if plan.limit >= _GIB.size else _MIB
+    unit = _GIB if plan.limit >= 8 * _GIB.size else _MIB
     facts = dict(_facts(plan, name, unit))
     width = max(map(len, facts))
     for label, value in facts.items():

@@ -93,13 +93,12 @@ def measured(group: dist.ProcessGroup | None, recipe: Recipe) -> dict[str, float
     live.add([*trainer._module.parameters(), *trainer._module.buffers()])
     live.add(tensor for moments in trainer.state().optimizer.values() for tensor in moments.values())
     live.add(trainer._weights.values())
-    with live:
-        live.restart()
-        trainer.train_step()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory counts from here on
     idle = _status("VmRSS")
-    trainer.train_step()
+    with live:
+        live.restart()
+        trainer.train_step()
     peak = _status("VmHWM")
     trainer.batches.close()  # type: ignore[attr-defined]
     return {

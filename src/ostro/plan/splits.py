@@ -127,9 +127,10 @@ class Plan:
             advice = "set model.activation_checkpointing=true"
         elif nearest.needs.usage.peak <= self.limit:
             advice = "only rank 0 is too full: it holds the whole model besides, to evaluate and export it"
+        gpus = "1 GPU" if nearest.split.num_ranks == 1 else f"{nearest.split.num_ranks} GPUs"
         raise OstroError(
-            f"--memory: no split of {nearest.split.num_ranks} ranks fits; the nearest, {nearest.split}, takes {peak} "
-            f"where {self.limit / GIB:,.1f} are usable: {advice}"
+            f"--memory: nothing fits on {gpus}; the nearest, {nearest.split}, takes {peak} where "
+            f"{self.limit / GIB:,.1f} are usable: {advice}"
         )
 
 
