@@ -196,7 +196,7 @@ def plan(
         print(plan_as_json(made))
     else:
         show_plan(made, recipe)
-    made.check_fits()
+    made.require_fit()
 
 
 @app.command(epilog="Example: ostro evaluate runs/first/weights --data my-corpus --bm25")

@@ -208,7 +208,7 @@ class _Rank:
         if self.stage.has_inputs and self.vision.forward:
             kept = _at("vision", "activations", self.kept_by_vision() + self.vision.forward)
             found["forward pass of the vision tower"] = ledger + kept + self.gathered(self.vision_layer, "vision")
-        full = ledger + self.kept()
+        full = ledger + self.kept(self.stage.num_in_flight)
         text = _at("language_model", "activations", self.text.forward)
         found["forward pass of the text layers"] = full + text + self.gathered(self.layer, "language_model")
         if self.settings.is_embedder:
@@ -227,7 +227,7 @@ class _Rank:
             kept = _at("vision", "activations", self.kept_by_vision() + self.vision.backward)
             back = self.reduced(self.vision_layer, "vision")
             found["backward pass of the vision tower"] = ledger + pending + kept + back
-        found["end of the backward pass"] = ledger + pending + self.last_reduction()
+        found["end of the backward pass"] = ledger + self.kept(self.stage.num_in_flight - 1) + self.last_reduction()
         return found
 
     def kept_by_vision(self) -> int:
@@ -238,7 +238,7 @@ class _Rank:
         pixels: int = self.settings.num_patches * vision.num_channels * vision.patch_size**2 * _FLOAT32
         return pixels + self.vision.kept(vision.num_hidden_layers)
 
-    def kept(self) -> Ledger:
+    def kept(self, num_micro_batches: int) -> Ledger:
         """Activations of whole micro-batches between their forward and their backward pass."""
         ledger: Ledger = Counter()
         ledger["language_model", "activations"] = self.text.kept(self.stage.num_layers)
@@ -246,7 +246,7 @@ class _Rank:
             ledger["vision", "activations"] = self.kept_by_vision()
             # with images, the embeddings before and after they are put in, and where
             ledger["embeddings", "activations"] = self.row * (2 if self.settings.num_patches else 1)
-        return Counter({place: size * self.stage.num_in_flight for place, size in ledger.items()})
+        return Counter({place: size * num_micro_batches for place, size in ledger.items()})
 
     def loss(self) -> int:
         """Buffers of the fused loss: those of its forward pass, or those of its backward pass."""
@@ -293,7 +293,7 @@ class _Rank:
             each = self.item + _FLOAT32 + _FLOAT32 / self.split.dp_shard
             return Counter({(part, "transient"): int(self.counts[part].trained * each) for part in rest})
         embedding = self.counts.get("embeddings", Counts()).trained * self.item
-        ledger: Ledger = _at("embeddings", "transient", embedding)
+        ledger: Ledger = _at("embeddings", "transient", embedding + self.pending_head())
         if self.split.dp_replicate > 1:
             largest = max(self.counts, key=lambda part: self.counts[part].largest)
             trained = sum(weights.trained for weights in self.counts.values())

@@ -109,7 +109,7 @@ class Plan:
     too_large: tuple[Choice, ...]
     forbidden: tuple[tuple[Split, str], ...]
 
-    def check_fits(self) -> None:
+    def require_fit(self) -> None:
         """Raises an error that names what to change when no split fits.
 
         Raises:

@@ -99,17 +99,17 @@ def test_nothing_fits_names_the_nearest_and_what_helps() -> None:
     with pytest.raises(
         OstroError, match=r"--memory: nothing fits on 1 GPU; the nearest.*activation_checkpointing=true"
     ):
-        make_plan(recipe, num_gpus=1, memory_gib=80).check_fits()
+        make_plan(recipe, num_gpus=1, memory_gib=80).require_fit()
     with pytest.raises(OstroError, match=r"nothing fits on 2 GPUs.*lower data.micro_batch_tokens"):
-        make_plan(recipe, num_gpus=2, memory_gib=8).check_fits()
+        make_plan(recipe, num_gpus=2, memory_gib=8).require_fit()
     large = load_recipe(LARGE, ["parallel.tp=8", "parallel.pp=8"], KINDS)
     with pytest.raises(OstroError, match=r"only rank 0 is too full"):
-        make_plan(large, num_gpus=64, memory_gib=80).check_fits()
+        make_plan(large, num_gpus=64, memory_gib=80).require_fit()
     narrow = load_recipe("vlm-ministral3-3b", ["parallel.tp=16"], KINDS)
     with pytest.raises(
         OstroError, match=r"^parallel.tp: must divide the model's num_key_value_heads, 8, got 16; no other"
     ):
-        make_plan(narrow, num_gpus=16, memory_gib=80).check_fits()
+        make_plan(narrow, num_gpus=16, memory_gib=80).require_fit()
 
 
 @pytest.mark.parametrize(
