@@ -152,13 +152,13 @@ def usage(sizes: Sizes, split: Split, stage: Stage) -> Usage:
 
 
 def whole_model(sizes: Sizes, split: Split) -> int:
-    """Bytes of the model that rank 0 holds besides, to evaluate and export it, where the trained one is split.
+    """Bytes of the model that rank 0 holds besides on its device, to evaluate it, where the trained one is split.
 
     Args:
         sizes: Of the run.
         split: Of the ranks.
     """
-    if split.dp_shard == split.tp == split.pp == 1:
+    if split.dp_shard == split.tp == split.pp == 1 or not sizes.settings.evaluates:
         return 0
     return sum(weights.all for weights in sizes.counts(1).values()) * sizes.settings.dtype.itemsize
 

@@ -40,6 +40,7 @@ class Settings:
         image_share: Of those, the share that are image tokens, 0 to 1.
         device: Whose kernels run.
         num_texts: Queries and documents of a contrastive batch over all ranks; none for a vision-language model.
+        evaluates: Whether rank 0 evaluates the whole model on its device.
     """
 
     config: PreTrainedConfig
@@ -50,6 +51,7 @@ class Settings:
     image_share: float
     device: DeviceKind
     num_texts: tuple[int, int] = (0, 0)
+    evaluates: bool = True
 
     @property
     def is_embedder(self) -> bool:

@@ -126,7 +126,10 @@ class Plan:
         if nearest.other.peak <= self.limit and not self.settings.recompute:
             advice = "set model.activation_checkpointing=true"
         elif nearest.needs.usage.peak <= self.limit:
-            advice = "only rank 0 is too full: it holds the whole model besides, to evaluate and export it"
+            advice = (
+                "only rank 0 is too full: it holds the whole model besides, to evaluate it; leave out `evaluate` and "
+                "`test`"
+            )
         gpus = "1 GPU" if nearest.split.num_ranks == 1 else f"{nearest.split.num_ranks} GPUs"
         raise OstroError(
             f"--memory: nothing fits on {gpus}; the nearest, {nearest.split}, takes {peak} where "
@@ -216,6 +219,7 @@ def _settings(
         image_share=image_share if isinstance(recipe, VlmRecipe) else 0.0,
         device=device,
         num_texts=_num_texts(recipe) if isinstance(recipe, EmbedRecipe) else (0, 0),
+        evaluates=isinstance(recipe, EmbedRecipe) or recipe.evaluate is not None or recipe.test is not None,
     )
 
 

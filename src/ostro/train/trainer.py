@@ -186,6 +186,7 @@ class Trainer(abc.ABC):
         if not self.mesh.splits_model:
             return
         targets = dict(self.whole.named_parameters()) if self.ranks.is_main else {}
+        device = next(self._module.parameters()).device
         # frozen weights are as they were read
         weights = {name: weight for name, weight in self._module.named_parameters() if weight.requires_grad}
         _, *others = self.stages.gather({name: (weight.shape, weight.dtype) for name, weight in weights.items()})
@@ -201,7 +202,7 @@ class Trainer(abc.ABC):
             return
         for stage, held in enumerate(others, 1):
             for name, (shape, dtype) in held.items():
-                full = torch.empty(shape, dtype=dtype, device=targets[name].device)
+                full = torch.empty(shape, dtype=dtype, device=device)
                 dist.recv(full, group=group, group_src=stage)
                 targets[name].copy_(full)
 

@@ -76,8 +76,7 @@ def _run(recipe: VlmRecipe, folder: Path, ranks: Ranks, console: Console) -> vlm
     with ranks.agreed():
         model, encoder = build_model(recipe, mesh, is_resumed=is_resumed)
         trainer = VlmTrainer(recipe, model, open_loader(recipe, encoder, mesh), mesh)
-        is_copied = mesh.splits_model and ranks.is_main
-        whole = build_model(recipe, is_resumed=is_resumed)[0] if is_copied else model
+        whole = build_whole(recipe, is_resumed=is_resumed) if mesh.splits_model and ranks.is_main else model
         trainer.whole, chat = whole, Chat(whole, encoder)
     with trainer.batches, runtime.stop_on_signal() as stop:
         trainer.resume(checkpoint, console)
@@ -91,7 +90,11 @@ def _run(recipe: VlmRecipe, folder: Path, ranks: Ranks, console: Console) -> vlm
 
 
 def build_model(
-    recipe: VlmRecipe, mesh: Mesh | None = None, *, is_resumed: bool = False
+    recipe: VlmRecipe,
+    mesh: Mesh | None = None,
+    *,
+    is_resumed: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[Mistral3FP8VLMForConditionalGeneration, ConversationEncoder]:
     """The model to train, on its device with its frozen parts, and what turns conversations into its tokens.
 
@@ -100,6 +103,7 @@ def build_model(
         mesh: How the ranks are laid out: a rank reads and holds its part alone, in float32 where `dp_shard` splits the
             weights. None for one process.
         is_resumed: Whether a checkpoint will fill in the trained weights, so that they are not read.
+        device: Where it is; that of the run when None.
 
     Raises:
         RecipeError: When a part to freeze is not in the model.
@@ -116,7 +120,7 @@ def build_model(
         )
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
     folder = fetch_weights(options.weights)
-    device = runtime.select_device()
+    device = device or runtime.select_device()
     skip = (lambda name: part_of(name) not in options.freeze) if is_resumed else None
     # what FSDP splits is its own master weight
     stored = torch.float32 if fsdp else dtype
@@ -127,6 +131,22 @@ def build_model(
     )
     use_packed_attention(model)
     return model.train(), encoder
+
+
+def build_whole(recipe: VlmRecipe, *, is_resumed: bool) -> Mistral3FP8VLMForConditionalGeneration:
+    """The model that rank 0 evaluates and exports where the trained one is split: in the memory of the host where
+    nothing is evaluated, as a model that needs splitting may not fit the device.
+
+    Args:
+        recipe: The run.
+        is_resumed: As for `build_model`.
+
+    Raises:
+        OstroError: As `build_model`.
+    """
+    is_evaluated = recipe.evaluate is not None or recipe.test is not None
+    device = None if is_evaluated else torch.device("cpu")
+    return build_model(recipe, is_resumed=is_resumed, device=device)[0]
 
 
 def _keep_own(model: Mistral3FP8VLMForConditionalGeneration, recipe: VlmRecipe, mesh: Mesh) -> None:

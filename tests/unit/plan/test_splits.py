@@ -68,7 +68,8 @@ def test_stages_have_all_layers_and_about_equal_weights(large: Sizes) -> None:
 
 
 def test_every_split_is_tried_and_each_has_a_verdict() -> None:
-    plan = make_plan(load_recipe("vlm-ministral3-3b", [], KINDS), num_gpus=8, memory_gib=80)
+    recipe = load_recipe("vlm-ministral3-3b", ["test.path=held-out.jsonl"], KINDS)
+    plan = make_plan(recipe, num_gpus=8, memory_gib=80)
     tried = [choice.split for choice in (*plan.fitting, *plan.too_large)] + [split for split, _ in plan.forbidden]
     # 8 = 2^3 over four axes
     assert len(set(tried)) == len(tried) == math.comb(6, 3)
@@ -103,8 +104,10 @@ def test_nothing_fits_names_the_nearest_and_what_helps() -> None:
     with pytest.raises(OstroError, match=r"nothing fits on 2 GPUs.*lower data.micro_batch_tokens"):
         make_plan(recipe, num_gpus=2, memory_gib=8).require_fit()
     large = load_recipe(LARGE, ["parallel.tp=8", "parallel.pp=8"], KINDS)
-    with pytest.raises(OstroError, match=r"only rank 0 is too full"):
-        make_plan(large, num_gpus=64, memory_gib=80).require_fit()
+    make_plan(large, num_gpus=64, memory_gib=80).require_fit()
+    evaluated = load_recipe(LARGE, ["parallel.tp=8", "parallel.pp=8", "test.path=held-out.jsonl"], KINDS)
+    with pytest.raises(OstroError, match=r"only rank 0 is too full.*leave out"):
+        make_plan(evaluated, num_gpus=64, memory_gib=80).require_fit()
     narrow = load_recipe("vlm-ministral3-3b", ["parallel.tp=16"], KINDS)
     with pytest.raises(
         OstroError, match=r"^parallel.tp: must divide the model's num_key_value_heads, 8, got 16; no other"
