@@ -7,7 +7,7 @@ TORCH ?=
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-EXTRAS := search,eval,demo,dev
+EXTRAS := search,eval,ray,demo,dev
 STAMP := $(VENV)/.ostro-setup
 
 .DEFAULT_GOAL := help

@@ -80,6 +80,13 @@ class Format(StrEnum):
     jsonl = "jsonl"
 
 
+class Engine(StrEnum):
+    """What encodes: this process, or workers on Ray Data."""
+
+    local = "local"
+    ray = "ray"
+
+
 class Precision(StrEnum):
     """How an exported vision-language model stores what was FP8 in its source."""
 
@@ -238,13 +245,40 @@ def evaluate(
 def encode(
     weights: Weights,
     prompt: Annotated[Prompt, typer.Option(help="Prompt of the folder to put before each text.")] = Prompt.document,
-    output: Annotated[Path | None, typer.Option(help="File to write; stdout when not given.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write, stdout when not given; with --engine ray, a folder.")
+    ] = None,
     form: Annotated[
         Format | None, typer.Option("--format", help="By the suffix of --output when not given, else jsonl.")
     ] = None,
     num_dims: Annotated[int | None, typer.Option(min=1, help="Keep the first dims (Matryoshka).")] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="ray: a corpus larger than a machine, in shards that are resumed (extra ray).")
+    ] = Engine.local,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option("--input", help="With --engine ray: file or folder of jsonl, txt or parquet; may be repeated."),
+    ] = None,
+    shard_mib: Annotated[
+        int | None, typer.Option(min=1, help="With --engine ray: MiB of the corpus per shard. [default: 16]")
+    ] = None,
 ) -> None:
-    """Turn the lines of stdin into vectors."""
+    """Turn the lines of stdin, or a corpus of files, into vectors."""
+    if engine is Engine.ray:
+        if not inputs or output is None or form is not None:
+            raise typer.BadParameter("ray: needs --input and --output, and no --format", param_hint="--engine")
+        from ostro.inference.ray_engine import encode_corpus
+
+        folder = encode_corpus(
+            weights, inputs, output, prompt=prompt.value, num_dims=num_dims, shard_mib=shard_mib or 16
+        )
+        rows = folder.num_rows
+        print(f"{output}: {sum(rows.values()):,} vectors in {len(rows):,} shards")
+        return
+    if inputs or shard_mib is not None:
+        raise typer.BadParameter(
+            "only with --engine ray; else texts are read from stdin", param_hint="--input, --shard-mib"
+        )
     if output is not None and not output.parent.is_dir():
         raise typer.BadParameter(f"{output.parent}: no such folder", param_hint="--output")
     form = form or (Format.npy if output is not None and output.suffix == ".npy" else Format.jsonl)
@@ -270,15 +304,9 @@ def encode(
 
 
 def _read_lines(file: BinaryIO) -> list[str]:
-    texts = []
-    for number, line in enumerate(file, 1):
-        try:
-            text = line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"stdin:{number}: not UTF-8 (byte {error.start}); convert the text first") from error
-        if not text.strip():
-            raise DataError(f"stdin:{number}: empty line; every line is one text")
-        texts.append(text)
+    from ostro.data.blocks import read_text
+
+    texts = [read_text(line, f"stdin:{number}") for number, line in enumerate(file, 1)]
     if not texts:
         raise DataError("stdin: no lines; give one text per line")
     return texts

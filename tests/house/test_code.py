@@ -32,6 +32,7 @@ DOORS = {
     "torch.distributed._composable": ("parallel/apply.py",),
     "torch.distributed.tensor.parallel": ("parallel/apply.py", "parallel/plans.py"),
     "fastapi": ("inference/server.py",),
+    "ray": ("inference/ray_engine.py",),
     "uvicorn": ("inference/server.py",),
     "ostro.train.embed": ("cli.py", "train/export_run.py"),
     "ostro.train.vlm": ("cli.py", "train/export_run.py"),

@@ -79,17 +79,7 @@ class JsonLines:
             DataError: When the line is not a JSON object in UTF-8.
             IndexError: When there is no such row.
         """
-        try:
-            row = json.loads(self._line(int(self._lines[index])).decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise _not_utf8(self.where(index), error) from error
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{self.where(index)}: not JSON ({error.msg}, column {error.colno}); every line must be a JSON object"
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(f"{self.where(index)}: must be a JSON object, got {type(row).__name__}")
-        return row
+        return read_object(self._line(int(self._lines[index])), self.where(index))
 
     def __iter__(self) -> Iterator[Row]:
         """All rows in order."""
@@ -102,6 +92,29 @@ class JsonLines:
     def _line(self, line: int) -> bytes:
         start = int(self._ends[line - 1]) + 1 if line else 0
         return self._bytes[start : int(self._ends[line])]
+
+
+def read_object(line: bytes, where: str) -> Row:
+    """The JSON object on a line.
+
+    Args:
+        line: Its bytes.
+        where: File and line, for errors.
+
+    Raises:
+        DataError: When the line is not a JSON object in UTF-8.
+    """
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _not_utf8(where, error) from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: not JSON ({error.msg}, column {error.colno}); every line must be a JSON object"
+        ) from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: must be a JSON object, got {type(row).__name__}")
+    return row
 
 
 def read_json_file(path: Path, expected: str) -> Any:

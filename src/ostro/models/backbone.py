@@ -99,7 +99,7 @@ def build_encoder_backbone(
     if is_local(model_name_or_path):
         check_weights_folder(Path(model_name_or_path, hf_kwargs.get("subfolder", "")))
     hub_options = {key: hf_kwargs[key] for key in _HUB_OPTIONS if key in hf_kwargs}
-    source = _read_config(model_name_or_path, trust_remote_code=trust_remote_code, **hub_options)
+    source = read_config(model_name_or_path, trust_remote_code=trust_remote_code, **hub_options)
     path, tower_config = _text_tower(model_name_or_path, source, extract_submodel)
     model_class = _model_class(f"{model_name_or_path}: {path or 'config.json'}", task, tower_config)
     config = _target_config(model_name_or_path, tower_config, model_class, pooling, temperature, num_labels)
@@ -193,8 +193,17 @@ def _check_options(task: str, pooling: str | None, temperature: float | None, nu
         check_pool_type(pooling)
 
 
-def _read_config(name: str, **options: Any) -> PreTrainedConfig:
-    """The configuration of a folder or hub id."""
+def read_config(name: str, **options: Any) -> PreTrainedConfig:
+    """The configuration of a folder or hub id.
+
+    Args:
+        name: Folder or hub id.
+        **options: Handed to transformers: `revision`, `token` and so on.
+
+    Raises:
+        CheckpointError: When there is none.
+        LayoutError: When transformers does not understand it.
+    """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **options)
     except OSError as error:
