@@ -23,6 +23,7 @@ import typer
 
 from ostro import __version__
 from ostro.checkpoint.presets import LAYOUT_NAMES, PRECISIONS, SIZES
+from ostro.cli_recipes import recipes_app
 from ostro.errors import DataError, OstroError, RecipeError, ToldElsewhere
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -34,7 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes_app = typer.Typer()
 app.add_typer(recipes_app, name="recipes")
 
 Recipe = Annotated[
@@ -382,40 +382,3 @@ def init(
 
     create_weights(folder, size=size, layout=layout, precision=precision, vocab_size=vocab_size, seed=seed)
     print(folder)
-
-
-@recipes_app.callback(invoke_without_command=True, epilog="Example: ostro recipes list")
-def recipes(context: typer.Context) -> None:
-    """List, show and describe the shipped recipes."""
-    if context.invoked_subcommand is None:
-        list_recipes()
-
-
-@recipes_app.command("list", epilog="Example: ostro recipes list")
-def list_recipes() -> None:
-    """Names of the shipped recipes, and the first line of each."""
-    from ostro.config import shipped_recipes
-
-    recipes = shipped_recipes()
-    width = max(map(len, recipes), default=0)
-    for name, text in recipes.items():
-        print(f"{name:<{width}}  {text.splitlines()[0].strip('# :')}")
-
-
-@recipes_app.command("show", epilog="Example: ostro recipes show embed-demo > mine.yaml")
-def show_recipe(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.", show_default=False)],
-) -> None:
-    """Print a shipped recipe, to be copied and changed."""
-    from ostro.config import read_recipe
-
-    print(read_recipe(name)[1], end="")
-
-
-@recipes_app.command("schema", epilog="Example: ostro recipes schema > ostro.schema.json")
-def print_schema() -> None:
-    """Print the JSON schema of recipes, for completion and checks in editors."""
-    from ostro.config import json_schema
-    from ostro.train.recipe import KINDS
-
-    print(json.dumps(json_schema(KINDS), indent=2))

@@ -139,7 +139,7 @@ def empty_encoder_backbone(
         LayoutError: When the folder is of another family.
         CheckpointError: When there is no configuration.
     """
-    path, tower_config = _text_tower(model_name_or_path, _read_config(model_name_or_path), extract_submodel)
+    path, tower_config = _text_tower(model_name_or_path, read_config(model_name_or_path), extract_submodel)
     model_class = _model_class(f"{model_name_or_path}: {path or 'config.json'}", "embedding", tower_config)
     config = _target_config(model_name_or_path, tower_config, model_class, pooling, None, None)
     config.name_or_path = model_name_or_path
