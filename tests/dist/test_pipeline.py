@@ -266,7 +266,7 @@ def test_a_run_in_bfloat16_exports_what_it_trained(ranks: RankPool, inputs: Path
 
 
 def test_a_run_goes_on_with_another_split(ranks: RankPool, inputs: Path, tmp_path: Path) -> None:
-    """Two stages, one process, two stages of two ranks that split their weights, two stages."""
+    """Two stages; one process; two stages of two ranks that split their weights; the same, split by layer."""
     blocks = {"train": {"num_steps": 8, "evaluate_every": None, "save_every": None}}
     model = {"weights": str(inputs / "vlm" / "weights"), "dtype": "float32"}
     whole, parts = (
@@ -276,16 +276,22 @@ def test_a_run_goes_on_with_another_split(ranks: RankPool, inputs: Path, tmp_pat
         for name in ("whole", "parts")
     )
     _run(None, whole, None)
-    for sizes, world_size, stop in (({}, 2, 2), (None, 1, 4), ({"dp_shard": 2, "dp_replicate": 1}, 4, 6), ({}, 2, None)):
+    splits = ({}, None, {"dp_shard": 2, "dp_replicate": 1}, {"tp": 2, "dp_replicate": 1})
+    for sizes, stop in zip(splits, (2, 4, 6, None), strict=True):
         if sizes is None:
             shown = [_run(None, parts, stop)]
         else:
-            shown = ranks.run(_run, _laid_out(parts, **sizes), stop, world_size=world_size)
+            shown = ranks.run(_run, _laid_out(parts, **sizes), stop, world_size=4 if sizes else 2)
         if stop is not None:
             assert f"asked to stop here. Stopped after step {stop} of 8 and saved" in shown[-1]
     assert "continuing after step 6 of 8" in shown[0]
     # float32 sums in another order
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    exported, expected = (load_file(tmp_path / name / "weights" / "model.safetensors") for name in ("parts", "whole"))
+    assert exported.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if tensor.dtype == torch.bfloat16:  # 2^-8: a value beside the middle of two is rounded the other way
+            torch.testing.assert_close(exported[name], tensor, rtol=2**-7, atol=1e-6)
 
 
 def test_what_a_pipeline_cannot_do_is_told(ranks: RankPool, inputs: Path, tmp_path: Path) -> None:
