@@ -66,6 +66,8 @@ def test_an_error_is_told_once(folder: Path, override: str, message: str) -> Non
     assert "src/ostro" not in failed.stderr  # torchrun adds a traceback of its own
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("folder", ["embed"], indirect=True)
 def test_torchrun_starts_a_run_again_that_lost_a_rank(folder: Path) -> None:
     run = folder / "restarted"
@@ -83,7 +85,7 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(folder: Path) -> None:
             time.sleep(0.02)
         rank_0 = int((run / "lock").read_text().split()[1])
         os.kill(rank_0, signal.SIGKILL)
-        out, err = process.communicate(timeout=110)
+        out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert out.count(": continuing after step ") == 1, out
     assert err.count(f"error: rank 0 of 2 (process {rank_0} on ") == 1, err

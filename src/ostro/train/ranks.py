@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from ostro.errors import OstroError, ToldElsewhere
 from ostro.train.watch import watched
@@ -25,6 +26,8 @@ Result = TypeVar("Result")
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Longer than rank 0 takes for an evaluation or an export, while the others wait; a rank that dies is noticed at once.
 _TIMEOUT = datetime.timedelta(hours=4)
+# How long the ranks wait for each other at the start.
+_MEETING = datetime.timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -162,8 +165,12 @@ def started_ranks() -> Iterator[Ranks]:
     if has_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        dist.init_process_group("nccl" if has_cuda else "gloo", timeout=_TIMEOUT)
-    except (ValueError, dist.DistError) as error:
+        store, rank, world_size = next(rendezvous("env://", timeout=_MEETING))
+        # torchrun keeps its store when it starts the ranks again, with the addresses of those that are gone
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+        backend = "nccl" if has_cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+    except (ValueError, RuntimeError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise OstroError(f"MASTER_ADDR, MASTER_PORT: the ranks do not meet at {place} ({error})") from error
     try:
