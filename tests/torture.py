@@ -87,7 +87,7 @@ class Torture:
             assert all(codes[rank] == -9 for rank in victims), f"ended before the kill: {codes}\n{launch.text()}"
             assert all(codes), f"a rank that was left ended well: {codes}\n{launch.text()}"
             assert "Traceback" not in launch.text(), launch.text()
-            text = launch.logs[0].read_text()
+            text = launch.text([0])
         self._check_resumed(text, published)
         steps = [int(step) for step in re.findall(r"^step (\d+) ", text, re.MULTILINE)]
         fell = "save" if _unfinished(checkpoints) - torn else "step" if steps else "start"
@@ -105,7 +105,7 @@ class Torture:
             if aim == "save" and _unfinished(self._folder / "run" / "checkpoints") - torn:
                 time.sleep(self._draw.choice([0, 0.002, 0.005, 0.01]))
                 return
-            if aim == "step" and launch.logs[0].exists() and launch.logs[0].read_text().count("\nstep ") >= num_rows:
+            if aim == "step" and launch.text([0]).count("\nstep ") >= num_rows:
                 time.sleep(self._draw.uniform(0, 0.3))
                 return
             time.sleep(0.0005 if aim == "save" else 0.01)
@@ -125,7 +125,7 @@ class Torture:
         with self._launch(output) as launch:
             codes = launch.wait(600)
             assert codes == [0] * _NUM_RANKS, launch.text()
-            self._check_resumed(launch.logs[0].read_text(), published)
+            self._check_resumed(launch.text([0]), published)
 
 
 def _unfinished(checkpoints: Path) -> set[tuple[str, int]]:
@@ -144,7 +144,7 @@ def compare(killed: Path, whole: Path) -> None:
     for folder in (killed, whole):
         path = latest_train_state(folder / "checkpoints")
         assert path is not None
-        keys = dict.fromkeys(("step", "num_tokens", "weights", "optimizer", "loader", "random"))
+        keys = dict.fromkeys(("step", "num_tokens", "weights", "optimizer", "loader", "random", "best"))
         states.append(load_train_state(path, keys))
     _assert_equal(*states)
     exported, expected = (load_file(folder / "weights" / "model.safetensors") for folder in (killed, whole))

@@ -37,13 +37,15 @@ class Launch:
 
         Args:
             words: Recipe and overrides.
-            logs: Folder for `rank-0.log` and so on, which are begun anew.
+            logs: Folder for `rank-0.log` and so on; earlier ones are removed.
             num_ranks: Processes; one has no variables of torchrun.
             before: Called with the rank in each process before all else; picklable.
             missing: Variables of torchrun that are not set.
         """
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"rank-{rank}.log" for rank in range(num_ranks)]
+        for log in self.logs:
+            log.unlink(missing_ok=True)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         context: Any = multiprocessing.get_context("forkserver")
@@ -75,9 +77,10 @@ class Launch:
         assert None not in codes, f"exit codes {codes} after {timeout_s} s\n{self.text()}"
         return [code for code in codes if code is not None]
 
-    def text(self) -> str:
-        """What all ranks wrote, one after the other."""
-        return "".join(log.read_text(errors="replace") for log in self.logs if log.exists())
+    def text(self, ranks: Sequence[int] | None = None) -> str:
+        """What all ranks wrote, or those given, one after the other."""
+        logs = [self.logs[rank] for rank in range(len(self.logs)) if ranks is None or rank in ranks]
+        return "".join(log.read_text(errors="replace") for log in logs if log.exists())
 
     def __enter__(self) -> Launch:
         return self

@@ -88,11 +88,12 @@ def evaluate_untrained(recipe: EmbedRecipe, encoder: Encoder, judges: Ranks, log
 
 def evaluate_during(
     options: EvaluateOptions, encoder: Encoder, judges: Ranks, step: int, log: RunLog, line: LiveLine
-) -> None:
-    """Scores the model after `step` steps; `judges` share the texts."""
+) -> float:
+    """Scores the model after `step` steps, and gives the first metric; `judges` share the texts."""
     report = search(options, encoder, judges)
     log.evaluation(step, options.split, report.metrics)
     line.say(f"step {step}  {options.split}  {_one_line(report.metrics)}")
+    return next(iter(report.metrics.values()))
 
 
 def finish(

@@ -31,7 +31,7 @@ def run_steps(
     *,
     stop: runtime.StopRequest,
     before: Callable[[metrics.RunLog, metrics.LiveLine], None],
-    evaluate: Callable[[int, metrics.RunLog, metrics.LiveLine], None] | None,
+    evaluate: Callable[[int, metrics.RunLog, metrics.LiveLine], float] | None,
 ) -> None:
     """Trains to the last step, from wherever the trainer stands.
 
@@ -43,7 +43,7 @@ def run_steps(
         console: Where progress is shown.
         stop: Looked at after each step.
         before: Scores the untrained model; called when no step was taken yet.
-        evaluate: Scores the model after so many steps; None for a run without held-out data.
+        evaluate: Scores the model after so many steps, higher is better; None for a run without held-out data.
 
     Raises:
         Stopped: When a signal asked for a stop; a checkpoint was written.
@@ -62,6 +62,7 @@ def run_steps(
             trainer.judge(lambda: before(log, line))
         speed = metrics.Throughput(trainer.peak_flops)
         while trainer.step < num_steps:
+            is_best = False
             try:
                 row = trainer.train_step()
                 speed.add(row.pop("flops", 0.0), int(row["num_tokens"]))
@@ -72,7 +73,7 @@ def run_steps(
                     log.row(step, row)
                     line.show(step, row)
                 if evaluate is not None and (last or _due(step, options.evaluate_every)):
-                    trainer.judge(partial(evaluate, step, log, line))
+                    is_best = trainer.is_best(trainer.judge(partial(evaluate, step, log, line)))
                     speed.restart()
             except (OstroError, OSError, torch.OutOfMemoryError) as error:
                 if ranks.group is not None and isinstance(error, torch.OutOfMemoryError):
@@ -84,7 +85,7 @@ def run_steps(
             number = ranks.maximum(_SAVE_FAILED if trainer.saver.has_failed else stop.signal_number or 0)
             if number == _SAVE_FAILED:
                 trainer.finish_saving()
-            if last or _due(step, options.save_every) or number:
+            if last or _due(step, options.save_every) or number or (options.keep_best and is_best):
                 path = trainer.save(folder)
             if number or last:
                 trainer.finish_saving()

@@ -92,6 +92,8 @@ class TrainOptions(Options):
     """Steps between checkpoints; null saves at the end and when stopped."""
     keep_last: int = pydantic.Field(2, ge=1)
     """Checkpoints kept."""
+    keep_best: bool = False
+    """Also save after the evaluation with the best first metric so far, and keep that checkpoint besides."""
     async_save: bool = True
     """Write checkpoints while training goes on; false spares the host memory of a second state, 12 bytes per trained
     parameter."""

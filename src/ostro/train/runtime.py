@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _FREE_KEYS = {
     "data.micro_batch_tokens",
     "model.activation_checkpointing",
-    *(f"train.{key}" for key in ("log_every", "evaluate_every", "save_every", "keep_last", "async_save")),
+    *(f"train.{key}" for key in ("log_every", "evaluate_every", "save_every", "keep_last", "keep_best", "async_save")),
 }
 # What a disk that knows no locks answers.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

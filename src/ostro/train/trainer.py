@@ -60,6 +60,7 @@ class TrainerState:
         optimizer: Moments and step counts by weight name.
         loader: Position in the data, counted in global samples.
         random: Random state by device.
+        best: Step and score of the best evaluation; None before the first.
     """
 
     step: int
@@ -68,6 +69,7 @@ class TrainerState:
     optimizer: dict[str, dict[str, torch.Tensor]]
     loader: dict[str, Any]
     random: dict[str, torch.Tensor]
+    best: tuple[int, float] | None
 
 
 class Trainer(abc.ABC):
@@ -123,6 +125,7 @@ class Trainer(abc.ABC):
         self.saver = BackgroundSave()
         self._loader, self._options = loader, recipe.train
         self._save_group: dist.ProcessGroup | None = None
+        self._best: tuple[int, float] | None = None
         self._schedule, self._peak = recipe.schedule, recipe.optimizer.learning_rate
         self._masters = MasterWeights(module)
         self._weights = {**self._masters.named_parameters(), **(loss_weights or {})}
@@ -241,7 +244,22 @@ class Trainer(abc.ABC):
             optimizer=self._optimizer.state_dict(),
             loader=self._position,
             random=self._random,
+            best=self._best,
         )
+
+    def is_best(self, score: float | None) -> bool:
+        """Whether an evaluation after the last step is better than all before; it is then the one to beat.
+
+        Args:
+            score: Higher is better; None on ranks that do not evaluate.
+
+        Distributed: rank 0's score counts.
+        """
+        score = self.ranks.gather(score)[0]
+        is_best = score is not None and (self._best is None or score > self._best[1])
+        if is_best:
+            self._best = (self.step, score)
+        return is_best
 
     def save(self, folder: Path) -> Path:
         """Writes a checkpoint into the run folder; the earlier ones stay loadable if it fails.
@@ -259,10 +277,12 @@ class Trainer(abc.ABC):
         is_split = self.mesh.splits_model
         if is_split and self._save_group is None:
             self._save_group = self.ranks.separate_group()
+        keep = (self._best[0],) if self._options.keep_best and self._best else ()
+        keep_last, group = self._options.keep_last, self._save_group
         start = self.saver.start if self._options.async_save else save_train_state
         with self.ranks.agreed():
             if self.ranks.is_main or is_split:
-                start(checkpoints, self.step, state, keep_last=self._options.keep_last, group=self._save_group)
+                start(checkpoints, self.step, state, keep_last=keep_last, keep=keep, group=group)
         return train_state_path(checkpoints, self.step)
 
     def finish_saving(self) -> None:
@@ -288,7 +308,7 @@ class Trainer(abc.ABC):
         elsewhere = {name for held in self.stages.gather(tensor_names(form)) for name in held}
         with self.ranks.agreed():
             state = load_train_state(path, form, elsewhere=elsewhere)
-            self.step, self.num_tokens = state["step"], state["num_tokens"]
+            self.step, self.num_tokens, self._best = state["step"], state["num_tokens"], state["best"]
             self._masters.publish()
             self._loader.load_state_dict(state["loader"])
         random = state["random"] if self.data.is_main else state["random"].get(f"rank {self.data.rank}")
@@ -334,7 +354,7 @@ def load_weights(path: Path, module: torch.nn.Module, loss_weights: Mapping[str,
     """
     masters = MasterWeights(module)
     weights: dict[str, torch.Tensor] = {**masters.named_parameters(), **(loss_weights or {})}
-    form = {"step": 0, "num_tokens": 0, "weights": weights, "optimizer": {}, "loader": {}, "random": {}}
+    form = {"step": 0, "num_tokens": 0, "weights": weights, "optimizer": {}, "loader": {}, "random": {}, "best": None}
     state = load_train_state(path, form)
     masters.publish()
     return int(state["step"])

@@ -80,10 +80,11 @@ def evaluate_untrained(recipe: VlmRecipe, chat: Chat, judges: Ranks, log: RunLog
         line.say(f"before training  {summarise(report.metrics)}")
 
 
-def evaluate_during(options: AnswerOptions, chat: Chat, judges: Ranks, step: int, log: RunLog, line: LiveLine) -> None:
-    """Scores the model after `step` steps; `judges` share the conversations."""
+def evaluate_during(options: AnswerOptions, chat: Chat, judges: Ranks, step: int, log: RunLog, line: LiveLine) -> float:
+    """Scores the model after `step` steps, and gives the first metric; `judges` share the conversations."""
     metrics = _evaluate_and_log(options, chat, judges, step, log)
     line.say(f"step {step}  held out  {summarise(metrics)}")
+    return next(iter(metrics.values()))
 
 
 def answer_test(options: AnswerOptions, chat: Chat, judges: Ranks) -> AnswerReport:

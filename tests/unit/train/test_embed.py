@@ -130,6 +130,19 @@ def test_a_finished_run_is_not_trained_again(inputs: Path, tmp_path: Path) -> No
     assert (first.folder / "metrics.jsonl").read_text() == rows
 
 
+def test_the_best_checkpoint_is_kept(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {1: 0.2, 2: 0.7, 3: 0.5, 4: 0.7, 5: 0.6, 6: 0.1}
+    monkeypatch.setattr(embed.embed_result, "evaluate_during", lambda options, encoder, step, *rest: scores[step])
+    lengths = {"evaluate_every": 1, "save_every": 3, "keep_last": 1, "keep_best": True}
+    run = recipe(inputs, tmp_path / "run", train=lengths)
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 3)
+        with pytest.raises(runtime.Stopped):
+            embed.run(run, console=quiet())
+    embed.run(run, console=quiet())
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["latest", "step-00000002", "step-00000006"]
+
+
 def test_another_recipe_in_the_same_output_is_refused(inputs: Path, tmp_path: Path) -> None:
     embed.run(recipe(inputs, tmp_path / "run", train={"num_steps": 1}), console=quiet())
     with pytest.raises(RecipeError, match=r"output: .*another recipe \(train.num_steps: 1 -> 2\)"):
