@@ -8,7 +8,7 @@ import tomllib
 
 from tests.house.tree import ROOT
 
-TARGETS = {"help", "setup", "demo", "test", "check", "bench"}
+TARGETS = {"help", "setup", "demo", "test", "torture", "check", "bench"}
 
 
 def normal(name: str) -> str:
