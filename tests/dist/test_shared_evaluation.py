@@ -16,7 +16,7 @@ from ostro.retrieval.options import EvaluateOptions
 from ostro.train import vlm
 from ostro.train.answers import AnswerReport, evaluate_answers, open_held_out
 from ostro.train.ranks import Ranks
-from ostro.train.shared import SharedEncoder, gather_shares, search, share_of
+from ostro.train.shared import SharedEncoder, search
 from tests.helpers import runs, vlm_runs
 from tests.helpers.ranks import RankPool
 
@@ -90,5 +90,5 @@ def test_answers_are_those_of_one_process(ranks: RankPool, inputs: Path) -> None
 def test_shares_come_back_in_order() -> None:
     items = [*range(7)]
     three = [Ranks(rank, 3) for rank in range(3)]
-    assert [list(share_of(items, ranks)) for ranks in three] == [[0, 3, 6], [1, 4], [2, 5]]
-    assert gather_shares(items, Ranks()) == items
+    assert [list(ranks.share_of(items)) for ranks in three] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert Ranks().gather_shares(items) == items

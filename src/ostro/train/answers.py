@@ -18,7 +18,6 @@ from ostro.data.conversation_options import ConversationSourceOptions
 from ostro.inference.chat import Chat
 from ostro.train.options import AnswerOptions
 from ostro.train.ranks import Ranks
-from ostro.train.shared import gather_shares, share_of
 from ostro.train.vlm_loss import held_out_loss
 
 EXACT_MATCH = "exact match"
@@ -105,7 +104,7 @@ def evaluate_answers(
 
     Distributed: two gathers of answers and one of losses.
     """
-    own = share_of(conversations, judges)
+    own = judges.share_of(conversations)
     with judges.agreed():
         answers = chat.answer(
             [conversation.split_reference()[0] for conversation in own],
@@ -116,7 +115,7 @@ def evaluate_answers(
     num_supervised = sum(sample.num_supervised for sample in samples)
     loss = held_out_loss(chat.model, samples, _EVALUATION_TOKENS) if samples else 0.0
     total, count = judges.sum([loss * num_supervised, num_supervised])
-    return AnswerReport(tuple(conversations), tuple(gather_shares(answers, judges)), total / count)
+    return AnswerReport(tuple(conversations), tuple(judges.gather_shares(answers)), total / count)
 
 
 def answer_by_question(training: Iterable[Conversation], held_out: Sequence[Conversation]) -> AnswerReport:

@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from ostro.errors import OstroError, ToldElsewhere
 from ostro.train.watch import watched
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -97,6 +98,24 @@ class Ranks:
         Distributed: all ranks call it.
         """
         return None if self.group is None else dist.new_group(backend="gloo", timeout=_TIMEOUT)
+
+    def share_of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Every n-th item of what n ranks share, beginning with the number of this one."""
+        return items[self.rank :: self.world_size]
+
+    def gather_shares(self, own: Sequence[Any]) -> list[Any]:
+        """Results for shared items in the order of the items.
+
+        Args:
+            own: Those for this rank's `share_of` them; any that can be pickled.
+
+        Distributed: as `gather`.
+        """
+        shares = self.gather(list(own))
+        results: list[Any] = [None] * sum(map(len, shares))
+        for rank, share in enumerate(shares):
+            results[rank :: self.world_size] = share
+        return results
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

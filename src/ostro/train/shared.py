@@ -1,13 +1,12 @@
-"""Evaluation shared out over ranks that each hold the whole model: every rank takes each n-th item, and all get what
-one process would.
+"""A search whose texts are shared out over ranks that each hold the whole model: every rank encodes each n-th text, and
+all get the vectors of one process.
 
-What is evaluated and how it is scored is left to `retrieval` and `answers`.
+How rankings are scored is left to `retrieval`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
 
 import torch
 
@@ -19,29 +18,6 @@ from ostro.retrieval.evaluate import evaluate
 from ostro.retrieval.options import EvaluateOptions
 from ostro.retrieval.report import RetrievalReport
 from ostro.train.ranks import Ranks
-
-Item = TypeVar("Item")
-
-
-def share_of(items: Sequence[Item], ranks: Ranks) -> Sequence[Item]:
-    """Every n-th item, beginning with that of this rank."""
-    return items[ranks.rank :: ranks.world_size]
-
-
-def gather_shares(own: Sequence[Any], ranks: Ranks) -> list[Any]:
-    """The results of all ranks in the order of the items that `share_of` dealt out.
-
-    Args:
-        own: Results for this rank's items; any that can be pickled.
-        ranks: Those that took part.
-
-    Distributed: as `Ranks.gather`.
-    """
-    shares = ranks.gather(list(own))
-    results: list[Any] = [None] * sum(map(len, shares))
-    for rank, share in enumerate(shares):
-        results[rank :: ranks.world_size] = share
-    return results
 
 
 class SharedEncoder:
@@ -73,7 +49,7 @@ class SharedEncoder:
     def _share(self, encode: Callable[[Sequence[str]], torch.Tensor], texts: Sequence[str]) -> torch.Tensor:
         ranks = self._ranks
         with ranks.agreed():
-            own = encode(share_of(texts, ranks))
+            own = encode(ranks.share_of(texts))
         counts = [[len(texts[rank :: ranks.world_size])] for rank in range(ranks.world_size)]
         # to the model's device: its backend gathers there
         [gathered] = all_gather_rows([own.to(self._encoder.embedder.device)], counts, ranks.group)
