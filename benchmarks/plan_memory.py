@@ -26,10 +26,6 @@ CASES: tuple[tuple[str, dict[str, int], dict[str, Any]], ...] = (
     ("vlm", {"dp_replicate": 1, "dp_shard": 2}, {}),
     ("vlm", {"dp_replicate": 1, "tp": 2}, {}),
     ("vlm", {"dp_replicate": 1, "dp_shard": 2}, {"activation_checkpointing": True}),
-    ("vlm", {"dp_replicate": 1}, {"dtype": "float32"}),
-    ("vlm", {"dp_replicate": 1}, {"activation_checkpointing": True}),
-    ("vlm", {"dp_replicate": 1}, {"freeze": ["vision"]}),
-    ("embed", {"dp_replicate": 1}, {}),
     ("embed", {"dp_replicate": 1, "dp_shard": 2}, {}),
 )
 
