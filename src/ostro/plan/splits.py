@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import Mistral3Config, PreTrainedConfig
 
 from ostro.errors import OstroError, RecipeError
 from ostro.parallel.mesh import AXES, check_fits
+from ostro.parallel.pipeline import plan_stages
 from ostro.plan.memory import Sizes, Split, Stage, Usage, usage, whole_model
 from ostro.plan.releases import read_config
 from ostro.plan.shapes import DeviceKind, Settings
@@ -281,23 +282,20 @@ def _forbidden(settings: Settings, batch: Batch, split: Split, num_micro_batches
 
 
 def cut_layers(sizes: Sizes, split: Split, num_micro_batches: int) -> list[Stage]:
-    """The stages of a pipeline, with about the same number of weights, those of vision and head included.
+    """The stages of a pipeline, as training cuts them; one for a run without.
 
     Args:
         sizes: Of the run.
         split: Of the ranks.
         num_micro_batches: Of a step; the first of n stages keeps n of them at once (1F1B).
     """
-    counts, num_layers = sizes.counts(split.tp), sizes.settings.text_config.num_hidden_layers
-    layer = counts["language_model"].all / num_layers
-    first = sum(counts[part].all for part in ("vision", "projector") if part in counts) / layer
-    last = counts["embeddings" if sizes.settings.is_tied else "head"].all / layer if "head" in counts else 0
-    share = (first + num_layers + last) / split.pp
-    cuts = [int(share * index - first + 0.5) for index in range(1, split.pp)]
-    cuts = [min(max(cut, index), num_layers - split.pp + index) for index, cut in enumerate(cuts, 1)]
+    settings = sizes.settings
+    if split.pp == 1:
+        return [Stage(settings.text_config.num_hidden_layers, True, True, min(1, num_micro_batches))]
+    assert isinstance(settings.config, Mistral3Config)  # an embedder has no pipeline
     return [
-        Stage(end - start, index == 0, index == split.pp - 1, min(split.pp - index, num_micro_batches))
-        for index, (start, end) in enumerate(itertools.pairwise((0, *cuts, num_layers)))
+        Stage(len(stage.layers), stage.is_first, stage.is_last, min(split.pp - stage.index, num_micro_batches))
+        for stage in plan_stages(settings.config, split.pp)
     ]
 
 

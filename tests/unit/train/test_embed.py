@@ -132,7 +132,9 @@ def test_a_finished_run_is_not_trained_again(inputs: Path, tmp_path: Path) -> No
 
 def test_the_best_checkpoint_is_kept(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {1: 0.2, 2: 0.7, 3: 0.5, 4: 0.7, 5: 0.6, 6: 0.1}
-    monkeypatch.setattr(embed.embed_result, "evaluate_during", lambda options, encoder, judges, step, *rest: scores[step])
+    monkeypatch.setattr(
+        embed.embed_result, "evaluate_during", lambda options, encoder, judges, step, *rest: scores[step]
+    )
     lengths = {"evaluate_every": 1, "save_every": 3, "keep_last": 1, "keep_best": True}
     run = recipe(inputs, tmp_path / "run", train=lengths)
     with monkeypatch.context() as patch:
