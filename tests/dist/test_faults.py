@@ -61,9 +61,9 @@ def at_step(step: int, act: Act) -> None:
     EmbedTrainer.train_step = train_step  # type: ignore[method-assign]
 
 
-def die(rank: int, *, dead: int) -> None:
+def die(rank: int, *, dead: int, at: int) -> None:
     if rank == dead:
-        at_step(3, lambda: os.kill(os.getpid(), 9))
+        at_step(at, lambda: os.kill(os.getpid(), 9))
 
 
 @pytest.mark.parametrize(("num_ranks", "dead", "override"), [(2, 0, "dp_shard=2"), (3, 2, "dp_shard=1")])
@@ -71,7 +71,7 @@ def test_a_killed_rank_is_named_once_and_the_run_goes_on(
     recipe_file: Path, tmp_path: Path, num_ranks: int, dead: int, override: str
 ) -> None:
     words = [str(recipe_file), f"parallel.{override}"]
-    with Launch(words, tmp_path / "logs", num_ranks=num_ranks, before=partial(die, dead=dead)) as launch:
+    with Launch(words, tmp_path / "logs", num_ranks=num_ranks, before=partial(die, dead=dead, at=7)) as launch:
         started = time.monotonic()
         codes = launch.wait()
         assert codes == [-9 if rank == dead else 1 for rank in range(num_ranks)]
@@ -85,7 +85,7 @@ def test_a_killed_rank_is_named_once_and_the_run_goes_on(
     assert saved is not None
     with Launch(words, tmp_path / "logs", num_ranks=num_ranks) as launch:
         assert set(launch.wait()) == {0}
-        assert f"{saved}: continuing after step 2 of 8" in launch.text()
+        assert f"{saved}: continuing after step" in launch.text()
     assert len(losses(tmp_path / "run")) == 8
 
 
@@ -147,6 +147,28 @@ def test_variables_that_are_missing_are_told_by_one_rank(recipe_file: Path, tmp_
         told, silent = (log.read_text() for log in launch.logs)
         assert told.startswith("error: LOCAL_RANK, MASTER_ADDR: not set, while RANK is 0; start the run with torchrun")
         assert silent == ""
+
+
+def test_an_output_that_cannot_be_written_is_told_once(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with Launch([str(recipe_file), f"output={tmp_path / 'file' / 'run'}"], tmp_path / "logs") as launch:
+        assert launch.wait() == [1, 1]
+        assert launch.logs[0].read_text().startswith(f"error: {tmp_path / 'file' / 'run'}: cannot be written (Not a")
+        assert launch.logs[1].read_text() == ""
+
+
+def test_a_torn_checkpoint_is_passed_over_with_one_warning(recipe_file: Path, tmp_path: Path) -> None:
+    at_once = "train.async_save=false"
+    with Launch([str(recipe_file), at_once], tmp_path / "logs", before=partial(die, dead=1, at=5)) as launch:
+        assert launch.wait() == [1, -9]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert {"step-00000002", "step-00000004"} <= set(os.listdir(checkpoints))
+    (checkpoints / "step-00000004" / ".metadata").unlink()
+    with Launch([str(recipe_file)], tmp_path / "logs") as launch:
+        assert launch.wait() == [0, 0]
+        assert launch.text().count("passed over damaged checkpoints") == 1
+        assert f"{checkpoints / 'step-00000002'}: continuing after step 2 of 8" in launch.text()
+    assert len(losses(tmp_path / "run")) == 8
 
 
 def test_two_jobs_do_not_share_a_folder(recipe_file: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class _Watch:
             self._places, f"rank {rank} of {world_size} (process {os.getpid()} on {socket.gethostname()})", self._group
         )
         self._lock = threading.Lock()
-        self._has_spoken = False
+        self._has_spoken = self._is_known = False
         self._has_left = threading.Event()
         self._peers = range(1, world_size) if rank == 0 else range(1)
         self._threads = [threading.Thread(target=self._listen, args=(peer,), daemon=True) for peer in self._peers]
@@ -91,13 +91,14 @@ class _Watch:
         except RuntimeError:
             word.fill_(_GONE)
         with self._lock:
-            if word.item() == _DONE or self._has_left.is_set() or self.is_over.is_set():
+            if word.item() == _DONE or self._has_left.is_set() or self._is_known:
                 return
+            self._is_known = True
             # rank 0 tells, or, when that is the one, the next
             if word.item() == _GONE and self._rank == (1 if peer == 0 else 0):
                 os.write(2, f"error: {self._places[peer]} is gone: {_ADVICE}\n".encode())
-            self.is_over.set()
         self._say(_FAILED)
+        self.is_over.set()
         if not self._has_left.wait(_GRACE_S):
             os._exit(1)
 
@@ -106,6 +107,7 @@ class _Watch:
             if self._has_spoken:
                 return
             self._has_spoken = True
-        for peer in self._peers:
-            with suppress(RuntimeError):  # gone itself
-                dist.send(torch.tensor([word]), dst=peer, group=self._group)
+            # inside the lock: the one that is second here goes on to destroy the group
+            for peer in self._peers:
+                with suppress(RuntimeError):  # gone itself
+                    dist.send(torch.tensor([word]), dst=peer, group=self._group)
