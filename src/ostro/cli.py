@@ -224,17 +224,18 @@ def evaluate(
     from ostro.retrieval.bm25 import bm25 as score_bm25
     from ostro.retrieval.options import EvaluateOptions
     from ostro.train.ranks import started_ranks
-    from ostro.train.shared import search
+    from ostro.train.shared import shared_search
 
     options = EvaluateOptions(path=data, split=split, ks=tuple(ks or (10,)))
     with started_ranks() as ranks:
         with ranks.agreed():
+            evaluation = open_evaluation(options.path, options.split)
             encoder = Encoder.from_pretrained(weights)
-        reports = {"model": search(options, encoder, ranks)}
+        reports = {"model": shared_search(evaluation, options, encoder, ranks)}
         if not ranks.is_main:
             return
     if bm25:
-        reports["BM25"] = score_bm25(open_evaluation(options.path, options.split), options)
+        reports["BM25"] = score_bm25(evaluation, options)
     show_reports(reports)
     if output is not None:
         for system, report in reports.items():

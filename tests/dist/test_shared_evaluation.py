@@ -16,7 +16,8 @@ from ostro.retrieval.options import EvaluateOptions
 from ostro.train import vlm
 from ostro.train.answers import AnswerReport, evaluate_answers, open_held_out
 from ostro.train.ranks import Ranks
-from ostro.train.shared import SharedEncoder, search
+from ostro.train.embed_result import search
+from ostro.train.shared import SharedEncoder
 from tests.helpers import runs, vlm_runs
 from tests.helpers.ranks import RankPool
 

@@ -34,7 +34,6 @@ from ostro.train import embed_result, runtime
 from ostro.train.loop import run_steps
 from ostro.train.ranks import Ranks
 from ostro.train.recipe import EmbedRecipe
-from ostro.train.shared import search
 from ostro.train.step import check_finite
 from ostro.train.trainer import Trainer, find_checkpoint
 
@@ -86,7 +85,7 @@ def _run(recipe: EmbedRecipe, folder: Path, ranks: Ranks, console: Console) -> e
             before=partial(embed_result.evaluate_untrained, recipe, encoder, judges),
             evaluate=partial(embed_result.evaluate_during, held_out, encoder, judges) if held_out else None,
         )
-    report = trainer.judge(lambda: search(recipe.test, encoder, judges) if recipe.test else None)
+    report = trainer.judge(lambda: embed_result.search(recipe.test, encoder, judges) if recipe.test else None)
     result = ranks.on_main(partial(embed_result.finish, recipe, encoder, report, trainer.step, console))
     return result or embed_result.EmbedResult(folder, folder / "weights")
 

@@ -30,7 +30,7 @@ from ostro.train.metrics import LiveLine, RunLog
 from ostro.train.ranks import Ranks
 from ostro.train.recipe import EmbedRecipe
 from ostro.train.report import write_report
-from ostro.train.shared import search
+from ostro.train.shared import shared_search
 from ostro.train.table import metric_table
 
 # Texts on which the exported folder must give the vectors of the model in memory.
@@ -190,6 +190,16 @@ def show(result: EmbedResult, console: Console) -> None:
     if result.metrics:
         console.out(metric_table({"trained": result.metrics, **result.baselines}), highlight=False)
     console.out(f"weights  {result.weights}\nreport   {result.folder / 'report.html'}", highlight=False)
+
+
+def search(options: EvaluateOptions, encoder: Encoder, judges: Ranks) -> RetrievalReport:
+    """Searches a held-out set, whose texts `judges` share; the same report on all of them.
+
+    Distributed: as `Ranks.agreed` and `shared_search`.
+    """
+    with judges.agreed():
+        evaluation = open_evaluation(options.path, options.split)
+    return shared_search(evaluation, options, encoder, judges)
 
 
 def _one_line(metrics: Mapping[str, float]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ostro.data.evaluation_set import open_evaluation
+from ostro.data.evaluation_set import EvaluationSet
 from ostro.errors import OstroError, ToldElsewhere
 from ostro.inference.encoder import Encoder
 from ostro.parallel.collectives import all_gather_rows
@@ -59,11 +59,14 @@ class SharedEncoder:
         return embeddings
 
 
-def search(options: EvaluateOptions, encoder: Encoder, ranks: Ranks) -> RetrievalReport:
+def shared_search(
+    evaluation: EvaluationSet, options: EvaluateOptions, encoder: Encoder, ranks: Ranks
+) -> RetrievalReport:
     """Searches a held-out set with the texts dealt out over ranks.
 
     Args:
-        options: Which set, and how it is scored.
+        evaluation: The set.
+        options: How it is scored.
         encoder: With the same weights on all ranks.
         ranks: Those that call it together.
 
@@ -71,12 +74,10 @@ def search(options: EvaluateOptions, encoder: Encoder, ranks: Ranks) -> Retrieva
         The report of one process, the same on all ranks.
 
     Raises:
-        OstroError: When the set cannot be read or scored; `ToldElsewhere` on ranks other than the one that tells.
+        OstroError: When the set cannot be scored; `ToldElsewhere` on ranks other than 0.
 
     Distributed: one all-gather for the queries and for each block of documents.
     """
-    with ranks.agreed():
-        evaluation = open_evaluation(options.path, options.split)
     try:
         return evaluate(SharedEncoder(encoder, ranks), evaluation, options, seed=0)
     except OstroError as error:
