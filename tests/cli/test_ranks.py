@@ -57,7 +57,10 @@ def test_two_processes_train_once(folder: Path) -> None:
 @pytest.mark.parametrize("folder", ["embed"], indirect=True)
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("train.num_stepz=3", "train.num_stepz: unknown key"), ("parallel.tp=2", "parallel.tp: must be 1, got 2")],
+    [
+        ("train.num_stepz=3", "train.num_stepz: unknown key"),
+        ("parallel.tp=3", "parallel.tp: the product of the sizes must be the number of ranks, 2"),
+    ],
 )
 def test_an_error_is_told_once(folder: Path, override: str, message: str) -> None:
     failed = torchrun(folder, override)
