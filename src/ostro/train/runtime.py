@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 _FREE_KEYS = {
     "data.micro_batch_tokens",
     "model.activation_checkpointing",
+    "evaluate.batch_samples",
+    "test.batch_samples",
     *(f"train.{key}" for key in ("log_every", "evaluate_every", "save_every", "keep_last", "keep_best", "async_save")),
 }
 # What a disk that knows no locks answers.
