@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable
@@ -169,6 +170,53 @@ def test_a_torn_checkpoint_is_passed_over_with_one_warning(recipe_file: Path, tm
         assert launch.text().count("passed over damaged checkpoints") == 1
         assert f"{checkpoints / 'step-00000002'}: continuing after step 2 of 8" in launch.text()
     assert len(losses(tmp_path / "run")) == 8
+
+
+def fill_disk(rank: int, *, full: int) -> None:
+    """From the fifth step on, one rank cannot write large files."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    if rank == full:
+        at_step(5, limit)
+
+
+@pytest.mark.parametrize(
+    ("full", "override", "reason"),
+    [
+        (0, "dp_shard=1", "File too large"),
+        (1, "dp_shard=2", "a rank could not write its file, as on a full disk"),
+    ],
+)
+def test_a_full_disk_of_one_rank_is_told_once(
+    recipe_file: Path, tmp_path: Path, full: int, override: str, reason: str
+) -> None:
+    words = [str(recipe_file), f"parallel.{override}", "train.async_save=false"]
+    with Launch(words, tmp_path / "logs", before=partial(fill_disk, full=full)) as launch:
+        assert launch.wait(30) == [1, 1]
+        told = f"error: {tmp_path / 'run' / 'checkpoints' / 'step-00000006'}: cannot be written ({reason})"
+        assert launch.text().count(told) == launch.text().count("error") == 1, launch.text()
+    latest = latest_train_state(tmp_path / "run" / "checkpoints")
+    assert latest is not None
+    assert latest.name == "step-00000004"
+    with Launch([str(recipe_file)], tmp_path / "logs") as launch:
+        assert launch.wait() == [0, 0]
+    assert len(losses(tmp_path / "run")) == 8
+
+
+def test_a_checkpoint_of_another_model_is_told_once(recipe_file: Path, tmp_path: Path) -> None:
+    with Launch([str(recipe_file), "train.num_steps=2"], tmp_path / "logs") as launch:
+        assert launch.wait() == [0, 0]
+    # the folder's recipe says so, and its checkpoint does not
+    settings = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    settings["loss"]["learned_temperature"] = True
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    words = [str(recipe_file), "train.num_steps=2", "loss.learned_temperature=true", "parallel.dp_shard=2"]
+    with Launch(words, tmp_path / "logs") as launch:
+        assert launch.wait() == [1, 1]
+        assert launch.text().count("error") == 1, launch.text()
+        assert "other tensors than this run's; missing: " in launch.text()
 
 
 def test_two_jobs_do_not_share_a_folder(recipe_file: Path, tmp_path: Path) -> None:

@@ -309,7 +309,9 @@ def _reason(error: BaseException) -> str:
         if isinstance(first, OSError) and first.strerror:
             return first.strerror
         first = first.__context__
-    return (str(error) or type(error).__name__).splitlines()[0]
+    text = (str(error) or type(error).__name__).splitlines()[0]
+    # the cause stays behind on the rank that met it
+    return "a rank could not write its file, as on a full disk" if "inline_container" in text else text
 
 
 def _damage(path: Path) -> str:
