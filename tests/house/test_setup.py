@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tomllib
 
 from tests.house.tree import ROOT
@@ -38,3 +39,10 @@ def test_continuous_integration_runs_check_and_test() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "set -euo pipefail" in script
     assert [line for line in script.splitlines() if line.startswith("make ")] == ["make check", "make test"]
+
+
+def test_every_test_file_is_collected() -> None:
+    words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", ""]
+    shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    collected = {line.partition("::")[0] for line in shown.splitlines() if "::" in line}
+    assert collected == {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
