@@ -39,7 +39,7 @@ class RankPool:
         self._num_runs = 0
         self._ranks: list[tuple[BaseProcess, Connection]] = []
 
-    def run(self, fn: Callable[..., Any], *args: Any, world_size: int = 2, timeout_s: float = 60) -> list[Any]:
+    def run(self, fn: Callable[..., Any], *args: Any, world_size: int = 2, timeout_s: float = 100) -> list[Any]:
         """Calls `fn(group, *args)` on ranks 0 to `world_size - 1` at once.
 
         Args:
