@@ -29,6 +29,7 @@ from ostro.train.recipe import EmbedRecipe, VlmRecipe
 from ostro.train.trainer import Trainer
 from tests.helpers import runs, vlm_runs
 from tests.helpers.ranks import RankPool
+from tests.helpers.trainers import make_trainer
 from tests.unit.data.files import write_jsonl
 
 Steps = tuple[list[dict[str, float]], dict[str, torch.Tensor], dict[str, torch.Tensor]]
@@ -73,19 +74,9 @@ def mixed_recipe(inputs: Path, output: Path) -> VlmRecipe:
     return vlm_recipe(inputs, output, data={"train": [{"path": path}], "shuffle": False})
 
 
-def _trainer(recipe: EmbedRecipe | VlmRecipe) -> Trainer:
-    mesh = build_mesh(recipe.parallel, Ranks.current().world_size, "cpu")
-    if isinstance(recipe, EmbedRecipe):
-        embedder, tokenizer = embed.build_embedder(recipe)
-        embedder = embed.split_embedder(embedder, mesh, keep=False)
-        return embed.EmbedTrainer(recipe, embedder, embed.open_loader(recipe, tokenizer, mesh), mesh)
-    model, encoder = vlm.build_model(recipe, mesh)
-    return vlm.VlmTrainer(recipe, model, vlm.open_loader(recipe, encoder, mesh), mesh)
-
-
 def _steps(group: dist.ProcessGroup | None, recipe: EmbedRecipe | VlmRecipe, num_steps: int) -> Steps:
     """Rows of the steps; then the weights, and the first moments, which are sums of the gradients."""
-    trainer = _trainer(recipe)
+    trainer = make_trainer(recipe)
     rows = [trainer.train_step() for _ in range(num_steps)]
     trainer.batches.close()  # type: ignore[attr-defined]
     state = trainer.state()
@@ -198,7 +189,7 @@ def test_a_split_run_in_bfloat16_exports_what_it_trained(
 
 
 def _unreduced(group: dist.ProcessGroup, recipe: EmbedRecipe) -> Steps:
-    trainer = _trainer(recipe)
+    trainer = make_trainer(recipe)
     trainer.update = lambda num_tokens: {}  # type: ignore[method-assign]
     trainer.train_step()
     gradients = {name: weight.grad.clone() for name, weight in trainer._weights.items() if weight.grad is not None}

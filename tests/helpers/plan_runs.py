@@ -11,13 +11,10 @@ from PIL import Image
 
 from ostro.checkpoint.create import create_weights
 from ostro.models.packed import micro_batches
-from ostro.parallel.mesh import build_mesh
 from ostro.plan.live import LiveBytes
 from ostro.plan.splits import Choice, make_plan
-from ostro.train import embed, vlm
-from ostro.train.ranks import Ranks
 from ostro.train.recipe import EmbedRecipe, VlmRecipe
-from ostro.train.trainer import Trainer
+from tests.helpers.trainers import make_trainer
 from tests.unit.data.files import write_jsonl
 
 Recipe = EmbedRecipe | VlmRecipe
@@ -76,7 +73,7 @@ def measured(group: dist.ProcessGroup | None, recipe: Recipe) -> dict[str, float
         above what it held before the step.
     """
     before = _status("VmRSS")
-    trainer = _trainer(recipe)
+    trainer = make_trainer(recipe)
     batch = next(trainer.batches)  # type: ignore[attr-defined]
     tokens, image_tokens = 0, 0
     if isinstance(recipe, VlmRecipe):
@@ -108,16 +105,6 @@ def measured(group: dist.ProcessGroup | None, recipe: Recipe) -> dict[str, float
         "resident": peak - before,
         "resident_growth": peak - idle,
     }
-
-
-def _trainer(recipe: Recipe) -> Trainer:
-    mesh = build_mesh(recipe.parallel, Ranks.current().world_size, "cpu")
-    if isinstance(recipe, EmbedRecipe):
-        embedder, tokenizer = embed.build_embedder(recipe)
-        embedder = embed.split_embedder(embedder, mesh, keep=False)
-        return embed.EmbedTrainer(recipe, embedder, embed.open_loader(recipe, tokenizer, mesh), mesh)
-    model, encoder = vlm.build_model(recipe, mesh)
-    return vlm.VlmTrainer(recipe, model, vlm.open_loader(recipe, encoder, mesh), mesh)
 
 
 def _status(name: str) -> int:

@@ -139,6 +139,22 @@ class Ranks:
         if first < self.world_size:
             raise caught if caught and first == self.rank else ToldElsewhere(f"rank {first} failed and tells why")
 
+    @contextmanager
+    def told_once(self) -> Iterator[None]:
+        """A block that may hold collectives and fails on all ranks alike or on none; rank 0 tells.
+
+        Raises:
+            OstroError: As raised in the block; on the other ranks `ToldElsewhere`.
+
+        Distributed: no collectives.
+        """
+        try:
+            yield
+        except OstroError as error:
+            if self.is_main:
+                raise
+            raise ToldElsewhere(str(error)) from error
+
     def on_main(self, work: Callable[[], Result]) -> Result | None:
         """What `work`, without collectives, gives on rank 0; None on the others, which wait.
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ostro.data.evaluation_set import EvaluationSet
-from ostro.errors import OstroError, ToldElsewhere
 from ostro.inference.encoder import Encoder
 from ostro.parallel.collectives import all_gather_rows
 from ostro.retrieval.evaluate import evaluate
@@ -78,9 +77,5 @@ def shared_search(
 
     Distributed: one all-gather for the queries and for each block of documents.
     """
-    try:
+    with ranks.told_once():
         return evaluate(SharedEncoder(encoder, ranks), evaluation, options, seed=0)
-    except OstroError as error:
-        if ranks.is_main:
-            raise
-        raise ToldElsewhere(str(error)) from error

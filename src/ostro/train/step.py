@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ostro.errors import OstroError, ToldElsewhere
+from ostro.errors import OstroError
 from ostro.parallel.gradients import gradient_norm, mesh_of
 from ostro.parallel.mesh import Mesh
 from ostro.train.options import OptimizerOptions, ScheduleOptions
@@ -135,9 +135,9 @@ def check_finite(name: str, value: float) -> None:
     Raises:
         OstroError: When `value` is not finite; on ranks other than 0 `ToldElsewhere`.
     """
-    if not math.isfinite(value):
-        message = (
-            f"{name}: is {value}; the weights were not changed. "
-            "Lower optimizer.learning_rate, raise schedule.warmup_steps or use model.dtype=float32"
-        )
-        raise OstroError(message) if Ranks.current().is_main else ToldElsewhere(message)
+    with Ranks.current().told_once():
+        if not math.isfinite(value):
+            raise OstroError(
+                f"{name}: is {value}; the weights were not changed. "
+                "Lower optimizer.learning_rate, raise schedule.warmup_steps or use model.dtype=float32"
+            )

@@ -26,7 +26,7 @@ from ostro.checkpoint.train_state import (
     tensor_names,
     train_state_path,
 )
-from ostro.errors import CheckpointError, OstroError, ToldElsewhere
+from ostro.errors import CheckpointError
 from ostro.parallel.collectives import gather_whole, sum_over_ends
 from ostro.parallel.gradients import local_part, reduce_gradients
 from ostro.parallel.mesh import AXES, Mesh
@@ -228,12 +228,8 @@ class Trainer(abc.ABC):
         self.gather()
         if self.mesh.splits_model:
             return self.ranks.on_main(evaluate)
-        try:
+        with self.ranks.told_once():
             return evaluate()
-        except OstroError as error:
-            if self.ranks.is_main:
-                raise
-            raise ToldElsewhere(str(error)) from error
 
     def state(self) -> TrainerState:
         """The run as it stands after `step` whole steps; weights and moments are the live ones."""
