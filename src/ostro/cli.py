@@ -223,6 +223,7 @@ def evaluate(
     from ostro.inference.encoder import Encoder
     from ostro.retrieval.bm25 import bm25 as score_bm25
     from ostro.retrieval.options import EvaluateOptions
+    from ostro.train.judges import Judges
     from ostro.train.ranks import started_ranks
     from ostro.train.shared import shared_search
 
@@ -231,7 +232,7 @@ def evaluate(
         with ranks.agreed():
             evaluation = open_evaluation(options.path, options.split)
             encoder = Encoder.from_pretrained(weights)
-        reports = {"model": shared_search(evaluation, options, encoder, ranks)}
+        reports = {"model": shared_search(evaluation, options, encoder, Judges(ranks, ranks))}
         if not ranks.is_main:
             return
     if bm25:

@@ -88,7 +88,6 @@ class Chat:
         limit = text.max_position_embeddings
         return cls(model, open_conversation_encoder(folder, model.config, max_tokens=limit))
 
-    @torch.inference_mode()
     def answer(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -109,9 +108,21 @@ class Chat:
         Raises:
             DataError: When an image cannot be read, or a conversation does not end with a user turn or is too long.
         """
+        prompts = [self.encoder.encode_prompt(messages) for messages in conversations]
+        return self.answer_prompts(prompts, max_new_tokens=max_new_tokens, batch_samples=batch_samples)
+
+    def answer_prompts(
+        self, prompts: Sequence[EncodedConversation], *, max_new_tokens: int, batch_samples: int
+    ) -> list[str]:
+        """The answers of `answer` to conversations that are encoded already.
+
+        Args:
+            prompts: B prompts of `encoder.encode_prompt`.
+            max_new_tokens: As for `answer`.
+            batch_samples: As for `answer`.
+        """
         training = self.model.training
         self.model.eval()
-        prompts = [self.encoder.encode_prompt(messages) for messages in conversations]
         # pictures or none: one batch hands the model one kind of input
         order = sorted(range(len(prompts)), key=lambda row: (not prompts[row].images, -len(prompts[row].token_ids)))
         answers = [""] * len(prompts)
@@ -122,8 +133,19 @@ class Chat:
         self.model.train(training)
         return answers
 
+    @torch.inference_mode()
     def _generate(self, prompts: Sequence[EncodedConversation], max_new_tokens: int) -> list[str]:
-        """Answers of one batch, padded on the left so that all prompts end together."""
+        """Answers of one batch."""
+        inputs, stop = self._inputs(prompts), self.encoder.eos_token_id
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=stop
+        )
+        model: Any = self.model  # generate is annotated for another base class than the models'
+        generated = model.generate(**inputs, generation_config=settings)
+        return self._texts(generated[:, inputs["input_ids"].shape[1] :])
+
+    def _inputs(self, prompts: Sequence[EncodedConversation]) -> dict[str, torch.Tensor]:
+        """What the model is handed for a batch, padded on the left so that all prompts end together."""
         lengths = [len(prompt.token_ids) for prompt in prompts]
         width, device, stop = max(lengths), self.model.device, self.encoder.eos_token_id
         # masked, so any id of the vocabulary serves as padding, which also fills an answer after its end
@@ -136,11 +158,8 @@ class Chat:
             "pixel_values": images.pixel_values,
             "image_sizes": images.image_sizes,
         }
-        settings = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=stop
-        )
-        model: Any = self.model  # generate is annotated for another base class than the models'
-        generated = model.generate(
-            **{name: value for name, value in inputs.items() if value is not None}, generation_config=settings
-        )
-        return [self.encoder.decode(ids).strip() for ids in generated[:, width:].tolist()]
+        return {name: value for name, value in inputs.items() if value is not None}
+
+    def _texts(self, generated: torch.Tensor) -> list[str]:
+        """Texts of generated ids `[B, N]`."""
+        return [self.encoder.decode(ids).strip() for ids in generated.tolist()]

@@ -20,6 +20,7 @@ from ostro.models.backbone import build_encoder_backbone
 from ostro.models.embedder import SINGLE_VECTOR_POOLING, Embedder
 from ostro.models.packed import PackedTexts, micro_batches
 from ostro.models.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
+from ostro.parallel.apply import without_gradients
 
 DEFAULT_MAX_TOKENS = 512
 DEFAULT_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
@@ -160,15 +161,25 @@ class Encoder:
         normalize = torch.nn.functional.normalize
         return normalize(queries.float(), dim=-1) @ normalize(documents.float(), dim=-1).T
 
+    def passes(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Which texts go through the model together.
+
+        Args:
+            lengths: Tokens of each text.
+
+        Returns:
+            Indices into `lengths`, each of them once. A pass without any still runs the model.
+        """
+        return micro_batches(lengths, self.micro_batch_tokens)
+
     def _encode_into(self, embeddings: torch.Tensor, token_ids: Sequence[Sequence[int]]) -> None:
         """Fills the rows of `embeddings` `[N, num_dims]`, longest texts first."""
         training = self.embedder.training
         self.embedder.eval()
-        with torch.inference_mode():
-            for rows in micro_batches([len(ids) for ids in token_ids], self.micro_batch_tokens):
-                vectors = self.embedder(PackedTexts.from_token_ids([token_ids[row] for row in rows]))[
-                    :, : self.num_dims
-                ]
+        with without_gradients(self.embedder):
+            for rows in self.passes([len(ids) for ids in token_ids]):
+                texts = [token_ids[row] for row in rows] or [[0]]
+                vectors = self.embedder(PackedTexts.from_token_ids(texts))[: len(rows), : self.num_dims]
                 if self.embedder.normalize and self.num_dims < self.embedder.num_dims:
                     vectors = torch.nn.functional.normalize(vectors, dim=-1)
                 embeddings[rows] = vectors.cpu()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from contextlib import AbstractContextManager
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -179,6 +180,28 @@ def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh, *, compute_dtype:
             split.set_force_sum_reduction_for_comms(True)
             split.set_gradient_divide_factor(1.0)
     logger.info("parameters split over %d ranks: %d layers and the rest", mesh.size(mesh.ndim - 1), len(layers))
+
+
+def without_gradients(model: torch.nn.Module) -> AbstractContextManager[None]:
+    """A block in which passes of a model keep no graph: inference mode, but for a model that is split over ranks, as it
+    would leave its tensors in buffers that training uses again.
+
+    Args:
+        model: Split or not.
+    """
+    is_split = any(isinstance(weight, DTensor) for weight in model.parameters())
+    return torch.no_grad() if is_split else torch.inference_mode()
+
+
+def free_gathered(model: torch.nn.Module) -> None:
+    """Frees what forward passes without a backward pass have left gathered of split parameters.
+
+    Args:
+        model: From `shard_parameters`; any other is left alone.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:

@@ -198,6 +198,37 @@ def run_stage(
     return float(sum(share.detach() for share in losses))
 
 
+def pass_through(
+    compute: Callable[[torch.Tensor | None], torch.Tensor],
+    states: torch.Tensor,
+    *,
+    stage: Stage,
+    group: dist.ProcessGroup,
+) -> torch.Tensor:
+    """A forward pass of this stage on one batch, after the stages before it.
+
+    Args:
+        compute: Maps the hidden states before this stage, None on the first, to those after it, or to whatever the last
+            stage makes of them.
+        states: Of the shape, dtype and device of hidden states, to receive them into.
+        stage: Which part of the model this is.
+        group: The ranks of the pipeline, by stage.
+
+    Returns:
+        What `compute` returns.
+
+    Distributed: hidden states from the stage before and to the one after; all stages call it.
+    """
+    if stage.is_first:
+        output = compute(None)
+    else:
+        dist.recv(states, group=group, group_src=stage.index - 1)
+        output = compute(states)
+    if not stage.is_last:
+        dist.send(output.contiguous(), group=group, group_dst=stage.index + 1)
+    return output
+
+
 class _StageModule(torch.nn.Module):
     """What a schedule calls: micro-batches are known by their number."""
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from ostro.data.conversation import Conversation, open_conversation_source
 from ostro.data.conversation_options import ConversationSourceOptions
 from ostro.inference.chat import Chat
+from ostro.train.judges import Judges
 from ostro.train.options import AnswerOptions
-from ostro.train.ranks import Ranks
 from ostro.train.vlm_loss import held_out_loss
 
 EXACT_MATCH = "exact match"
@@ -89,7 +89,7 @@ def open_held_out(options: AnswerOptions, key: str) -> tuple[Conversation, ...]:
 
 
 def evaluate_answers(
-    chat: Chat, conversations: Sequence[Conversation], options: AnswerOptions, judges: Ranks
+    chat: Chat, conversations: Sequence[Conversation], options: AnswerOptions, judges: Judges
 ) -> AnswerReport:
     """Has the model give the last answer of every conversation, and scores the references by its loss.
 
@@ -102,20 +102,15 @@ def evaluate_answers(
     Raises:
         DataError: When an image cannot be read or a conversation is too long.
 
-    Distributed: two gathers of answers and one of losses.
+    Distributed: two gathers of answers, and the collectives of decoding and loss.
     """
-    own = judges.share_of(conversations)
-    with judges.agreed():
-        answers = chat.answer(
-            [conversation.split_reference()[0] for conversation in own],
-            max_new_tokens=options.max_new_tokens,
-            batch_samples=options.batch_samples,
-        )
-        samples = [chat.encoder.encode(conversation) for conversation in own]
-    num_supervised = sum(sample.num_supervised for sample in samples)
-    loss = held_out_loss(chat.model, samples, _EVALUATION_TOKENS) if samples else 0.0
-    total, count = judges.sum([loss * num_supervised, num_supervised])
-    return AnswerReport(tuple(conversations), tuple(judges.gather_shares(answers)), total / count)
+    own, encoder = judges.data.share_of(conversations), chat.encoder
+    with judges.ranks.agreed():
+        prompts = [encoder.encode_prompt(conversation.split_reference()[0]) for conversation in own]
+        samples = [encoder.encode(conversation) for conversation in own]
+    answers = chat.answer_prompts(prompts, max_new_tokens=options.max_new_tokens, batch_samples=options.batch_samples)
+    loss = held_out_loss(chat.model, samples, encoder.image_tokens, judges, micro_batch_tokens=_EVALUATION_TOKENS)
+    return AnswerReport(tuple(conversations), tuple(judges.data.gather_shares(answers)), loss)
 
 
 def answer_by_question(training: Iterable[Conversation], held_out: Sequence[Conversation]) -> AnswerReport:

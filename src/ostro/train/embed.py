@@ -6,7 +6,6 @@ the other kind of run to `loop`, `trainer`, `step` and `runtime`. Read `run` fir
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -68,12 +67,11 @@ def _run(recipe: EmbedRecipe, folder: Path, ranks: Ranks, console: Console) -> e
     mesh = build_mesh(recipe.parallel, ranks.world_size, runtime.select_device().type)
     checkpoint = find_checkpoint(folder, ranks)
     with ranks.agreed():
-        whole, tokenizer = build_embedder(recipe, is_resumed=checkpoint is not None)
-        embedder = split_embedder(whole, mesh, keep=ranks.is_main)
+        embedder, tokenizer = build_embedder(recipe, is_resumed=checkpoint is not None)
+        embedder = split_embedder(embedder, mesh)
         trainer = EmbedTrainer(recipe, embedder, open_loader(recipe, tokenizer, mesh), mesh)
-        trainer.whole = whole
+    encoder, judges, held_out = embed_result.run_encoder(recipe, embedder, tokenizer), trainer.judges, recipe.evaluate
     with trainer.batches, runtime.stop_on_signal() as stop:
-        encoder, judges, held_out = embed_result.run_encoder(recipe, whole, tokenizer), trainer.judges, recipe.evaluate
         trainer.resume(checkpoint, console)
         run_steps(
             trainer,
@@ -86,16 +84,20 @@ def _run(recipe: EmbedRecipe, folder: Path, ranks: Ranks, console: Console) -> e
             evaluate=partial(embed_result.evaluate_during, held_out, encoder, judges) if held_out else None,
         )
     report = trainer.judge(lambda: embed_result.search(recipe.test, encoder, judges) if recipe.test else None)
-    result = ranks.on_main(partial(embed_result.finish, recipe, encoder, report, trainer.step, console))
+    whole = trainer.gather(embedder, partial(build_whole, recipe)).eval()
+    result = ranks.on_main(partial(embed_result.finish, recipe, whole, tokenizer, report, trainer.step, console))
     return result or embed_result.EmbedResult(folder, folder / "weights")
 
 
-def build_embedder(recipe: EmbedRecipe, *, is_resumed: bool = False) -> tuple[Embedder, TextTokenizer]:
+def build_embedder(
+    recipe: EmbedRecipe, *, is_resumed: bool = False, device: torch.device | None = None
+) -> tuple[Embedder, TextTokenizer]:
     """The model to train, on its device, and its tokenizer.
 
     Args:
         recipe: The run.
         is_resumed: Whether a checkpoint will fill in the weights, so that they are not read.
+        device: Where it is; that of the run when None.
 
     Raises:
         RecipeError: When the model has no part `model.extract_submodel`, or fewer dims than `loss.matryoshka_dims`.
@@ -122,18 +124,23 @@ def build_embedder(recipe: EmbedRecipe, *, is_resumed: bool = False) -> tuple[Em
     embedder = Embedder(backbone, pooling=options.pooling)
     if dims and dims[0] > embedder.num_dims:
         raise RecipeError(f"loss.matryoshka_dims: must be <= the model's {embedder.num_dims} dims, got {list(dims)}")
-    return embedder.to(runtime.select_device()).train(), tokenizer
+    return embedder.to(device or runtime.select_device()).train(), tokenizer
 
 
-def split_embedder(embedder: Embedder, mesh: Mesh, *, keep: bool) -> Embedder:
-    """The embedder split over the ranks, a copy with `keep`, computing in the dtype it had; its weights are float32
+def build_whole(recipe: EmbedRecipe) -> Embedder:
+    """The embedder as it is exported where ranks hold it in parts, without its weights: in the memory of the host, as a
+    model that needs splitting may not fit a device."""
+    return build_embedder(recipe, is_resumed=True, device=torch.device("cpu"))[0]
+
+
+def split_embedder(embedder: Embedder, mesh: Mesh) -> Embedder:
+    """The embedder split over the ranks, computing in the dtype it had; its weights are float32
     where `dp_shard` splits them. The embedder itself where the mesh does not split it."""
     if not mesh.splits_model:
         return embedder
     dtype = embedder.backbone.dtype
-    split = copy.deepcopy(embedder) if keep else embedder
-    prepare(split.float().backbone if mesh.fsdp else split.backbone, TEXT_TOWER, mesh, compute_dtype=dtype)
-    return split
+    prepare(embedder.float().backbone if mesh.fsdp else embedder.backbone, TEXT_TOWER, mesh, compute_dtype=dtype)
+    return embedder
 
 
 def open_loader(recipe: EmbedRecipe, tokenizer: TextTokenizer, mesh: Mesh | None = None) -> RetrievalLoader:

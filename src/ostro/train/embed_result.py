@@ -26,8 +26,8 @@ from ostro.models.tokenizer import TextTokenizer
 from ostro.retrieval.bm25 import bm25
 from ostro.retrieval.options import EvaluateOptions
 from ostro.retrieval.report import RetrievalReport
+from ostro.train.judges import Judges
 from ostro.train.metrics import LiveLine, RunLog
-from ostro.train.ranks import Ranks
 from ostro.train.recipe import EmbedRecipe
 from ostro.train.report import write_report
 from ostro.train.shared import shared_search
@@ -75,19 +75,19 @@ def run_encoder(recipe: EmbedRecipe, embedder: Embedder, tokenizer: TextTokenize
     return Encoder(embedder, tokenizer, prompts=recipe.data.prompts.model_dump(), max_tokens=recipe.max_tokens)
 
 
-def evaluate_untrained(recipe: EmbedRecipe, encoder: Encoder, judges: Ranks, log: RunLog, line: LiveLine) -> None:
+def evaluate_untrained(recipe: EmbedRecipe, encoder: Encoder, judges: Judges, log: RunLog, line: LiveLine) -> None:
     """Scores the model before its first step, on both held-out sets; `judges` share the texts."""
     if recipe.evaluate is not None:
         log.evaluation(0, recipe.evaluate.split, search(recipe.evaluate, encoder, judges).metrics)
     if recipe.test is not None:
         report = search(recipe.test, encoder, judges)
         text = json.dumps(dict(report.metrics)) + "\n"
-        judges.on_main(lambda: (Path(recipe.output) / "untrained.json").write_text(text, encoding="utf-8"))
+        judges.ranks.on_main(lambda: (Path(recipe.output) / "untrained.json").write_text(text, encoding="utf-8"))
         line.say(f"before training  {_one_line(report.metrics)}")
 
 
 def evaluate_during(
-    options: EvaluateOptions, encoder: Encoder, judges: Ranks, step: int, log: RunLog, line: LiveLine
+    options: EvaluateOptions, encoder: Encoder, judges: Judges, step: int, log: RunLog, line: LiveLine
 ) -> float:
     """Scores the model after `step` steps, and gives the first metric; `judges` share the texts."""
     report = search(options, encoder, judges)
@@ -97,13 +97,19 @@ def evaluate_during(
 
 
 def finish(
-    recipe: EmbedRecipe, encoder: Encoder, report: RetrievalReport | None, step: int, console: Console
+    recipe: EmbedRecipe,
+    embedder: Embedder,
+    tokenizer: TextTokenizer,
+    report: RetrievalReport | None,
+    step: int,
+    console: Console,
 ) -> EmbedResult:
     """Exports the trained model, verifies the export and writes the results.
 
     Args:
         recipe: The run.
-        encoder: Encoder over the trained model.
+        embedder: The trained model, whole.
+        tokenizer: Its tokenizer.
         report: Its search of the test set; None without one.
         step: Optimizer steps done.
         console: Where the result is shown.
@@ -128,6 +134,7 @@ def finish(
         if untrained.exists():
             baselines["untrained"] = json.loads(untrained.read_text(encoding="utf-8"))
         samples = report.samples(evaluation)
+    encoder = run_encoder(recipe, embedder, tokenizer)
     weights = export(recipe, encoder, folder / "weights", step=step, metrics=metrics)
     result = EmbedResult(folder, weights, metrics, baselines)
     page = {
@@ -192,12 +199,12 @@ def show(result: EmbedResult, console: Console) -> None:
     console.out(f"weights  {result.weights}\nreport   {result.folder / 'report.html'}", highlight=False)
 
 
-def search(options: EvaluateOptions, encoder: Encoder, judges: Ranks) -> RetrievalReport:
+def search(options: EvaluateOptions, encoder: Encoder, judges: Judges) -> RetrievalReport:
     """Searches a held-out set, whose texts `judges` share; the same report on all of them.
 
     Distributed: as `Ranks.agreed` and `shared_search`.
     """
-    with judges.agreed():
+    with judges.ranks.agreed():
         evaluation = open_evaluation(options.path, options.split)
     return shared_search(evaluation, options, encoder, judges)
 

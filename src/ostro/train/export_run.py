@@ -68,10 +68,9 @@ def _export_embedder(recipe: EmbedRecipe, checkpoint: Path, output: Path) -> int
 
 
 def _export_vlm(recipe: VlmRecipe, checkpoint: Path, output: Path) -> int:
-    from ostro.inference.chat import Chat
     from ostro.train import vlm, vlm_result
 
-    model, encoder = vlm.build_model(recipe, is_resumed=True)
+    model, _ = vlm.build_model(recipe, is_resumed=True)
     step = load_weights(checkpoint, model)
-    vlm_result.export(recipe, Chat(model.eval(), encoder), output, step=step)
+    vlm_result.export(recipe, model.eval(), output, step=step)
     return step

@@ -27,15 +27,19 @@ from ostro.checkpoint.train_state import (
     train_state_path,
 )
 from ostro.errors import CheckpointError
+from ostro.parallel.apply import free_gathered
 from ostro.parallel.collectives import gather_whole, sum_over_ends
 from ostro.parallel.gradients import local_part, reduce_gradients
 from ostro.parallel.mesh import AXES, Mesh
+from ostro.parallel.pipeline import Stage
 from ostro.train import runtime
+from ostro.train.judges import Judges
 from ostro.train.precision import MasterWeights
 from ostro.train.ranks import Ranks
 from ostro.train.recipe import EmbedRecipe, VlmRecipe
 from ostro.train.step import Optimizer, learning_rate
 
+Model = TypeVar("Model", bound=torch.nn.Module)
 Result = TypeVar("Result")
 
 
@@ -80,16 +84,17 @@ class Trainer(abc.ABC):
         data: Those that see the other samples of each batch.
         mesh: How the ranks are laid out.
         stages: Those that hold the other layers of the model.
-        whole: The model that is evaluated and exported: on rank 0, another than the trained one where that is split.
         step: Optimizer steps done.
         num_tokens: Tokens seen by all ranks.
         num_steps: Optimizer steps of the whole run.
         saver: Writes its checkpoints.
+        stage: The layers that this rank holds; None where there are no stages.
         peak_flops: Floating-point operations per second that the device reaches at best; None where a subclass does
             not count the operations of a step.
     """
 
     peak_flops: float | None = None
+    stage: Stage | None = None
 
     def __init__(
         self,
@@ -118,12 +123,13 @@ class Trainer(abc.ABC):
         self.mesh = mesh or Mesh(dict.fromkeys(AXES, 1))
         self.ranks, self.data = Ranks.current() if mesh else Ranks(), Ranks.of(self.mesh.data_group)
         self.stages = Ranks.of(self.mesh.group("pp"))
-        self.whole = self._module = module
+        self._module = module
         self.step = 0
         self.num_tokens = 0
         self.num_steps = num_steps
         self.saver = BackgroundSave()
         self._loader, self._options = loader, recipe.train
+        self._dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[recipe.model.dtype]
         self._save_group: dist.ProcessGroup | None = None
         self._best: tuple[int, float] | None = None
         self._schedule, self._peak = recipe.schedule, recipe.optimizer.learning_rate
@@ -180,56 +186,72 @@ class Trainer(abc.ABC):
         self._position, self._random = self._loader.state_dict(), runtime.random_state()
 
     @torch.no_grad()
-    def gather(self) -> None:
-        """Brings the weights of `whole` up to date, where it is not the trained model.
+    def gather(self, model: Model, build: Callable[[], Model]) -> Model:
+        """The trained model as one.
+
+        Args:
+            model: The trained model, of which this rank may hold a part.
+            build: Makes a whole one, with its frozen weights as they were read.
+
+        Returns:
+            On rank 0 the whole model: `model` itself, or what `build` gave where ranks hold it in parts. `model` on the
+            others.
+
+        Raises:
+            OstroError: As raised by `build`; on the other ranks `ToldElsewhere`.
 
         Distributed: one all-gather per split weight and axis that splits it; from the other stages of a pipeline one
             message per weight to rank 0.
         """
         if not self.mesh.splits_model:
-            return
-        targets = dict(self.whole.named_parameters()) if self.ranks.is_main else {}
-        device = next(self._module.parameters()).device
-        # frozen weights are as they were read
-        weights = {name: weight for name, weight in self._module.named_parameters() if weight.requires_grad}
+            return model
+        whole = self.ranks.on_main(build)
+        targets = {} if whole is None else dict(whole.named_parameters())
+        device = next(model.parameters()).device
+        weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         _, *others = self.stages.gather({name: (weight.shape, weight.dtype) for name, weight in weights.items()})
         group = self.stages.group
         leads_to_main = group is not None and dist.get_process_group_ranks(group)[0] == 0
         for name, weight in weights.items():
             full = gather_whole(weight) if isinstance(weight, DTensor) else weight.detach()
-            if self.ranks.is_main:
+            if targets:
                 targets[name].copy_(full)
             elif leads_to_main:
                 dist.send(full.contiguous(), group=group, group_dst=0)
-        if not self.ranks.is_main:
-            return
-        for stage, held in enumerate(others, 1):
+        for stage, held in enumerate(others if targets else (), 1):
             for name, (shape, dtype) in held.items():
                 full = torch.empty(shape, dtype=dtype, device=device)
                 dist.recv(full, group=group, group_src=stage)
                 targets[name].copy_(full)
+        return whole or model
 
     @property
-    def judges(self) -> Ranks:
-        """The ranks that share an evaluation: all, or rank 0 alone where only that holds the whole model."""
-        return Ranks() if self.mesh.splits_model else self.ranks
+    def judges(self) -> Judges:
+        """The ranks of the run as they evaluate together."""
+        return Judges(
+            self.ranks,
+            self.data,
+            in_step=self.data if self.mesh.sizes["dp_shard"] > 1 else Ranks(),
+            stage=self.stage,
+            stages=self.stages.group,
+            dtype=self._dtype,
+        )
 
-    def judge(self, evaluate: Callable[[], Result]) -> Result | None:
-        """What `evaluate` gives on the ranks that evaluate `whole`, which is up to date; None on others, which wait.
+    def judge(self, evaluate: Callable[[], Result]) -> Result:
+        """What `evaluate` gives, with the model as it stands.
 
         Args:
-            evaluate: With collectives among `judges` alone.
+            evaluate: Called on all ranks, with the collectives of `judges`.
 
         Raises:
-            OstroError: As raised by `evaluate`; where all ranks do, `ToldElsewhere` on those other than 0.
+            OstroError: As raised by `evaluate`.
 
-        Distributed: as `gather` and `Ranks.on_main`, or as `evaluate`.
+        Distributed: as `evaluate`.
         """
-        self.gather()
-        if self.mesh.splits_model:
-            return self.ranks.on_main(evaluate)
-        with self.ranks.told_once():
+        try:
             return evaluate()
+        finally:
+            free_gathered(self._module)
 
     def state(self) -> TrainerState:
         """The run as it stands after `step` whole steps; weights and moments are the live ones."""

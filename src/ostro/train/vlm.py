@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,12 +19,11 @@ from rich.console import Console
 from ostro.checkpoint.auto import fetch_weights
 from ostro.checkpoint.load import load_vlm
 from ostro.data.conversation import open_conversations
-from ostro.data.conversation_collate import ConversationBatch, blank_batch, filled, with_blank
+from ostro.data.conversation_collate import ConversationBatch
 from ostro.data.conversation_loader import ConversationLoader, ConversationStep
 from ostro.data.conversation_tokens import ConversationEncoder
 from ostro.errors import RecipeError
 from ostro.inference.chat import Chat, open_conversation_encoder
-from ostro.models.cpu_linear import round_rows
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
 from ostro.models.packed import use_packed_attention
 from ostro.parallel.apply import prepare
@@ -39,9 +36,10 @@ from ostro.train.loop import run_steps
 from ostro.train.parts import PARTS, freeze, part_of, rate_factors
 from ostro.train.ranks import Ranks
 from ostro.train.recipe import VlmRecipe
+from ostro.train.split_chat import SplitChat
 from ostro.train.step import check_finite
 from ostro.train.trainer import Trainer, find_checkpoint
-from ostro.train.vlm_loss import packed_loss, packed_states
+from ostro.train.vlm_loss import in_step, packed_loss, packed_rows, stage_output
 
 
 def run(recipe: VlmRecipe, *, console: Console) -> vlm_result.VlmResult:
@@ -72,20 +70,19 @@ def run(recipe: VlmRecipe, *, console: Console) -> vlm_result.VlmResult:
 def _run(recipe: VlmRecipe, folder: Path, ranks: Ranks, console: Console) -> vlm_result.VlmResult:
     mesh = build_mesh(recipe.parallel, ranks.world_size, runtime.select_device().type)
     checkpoint = find_checkpoint(folder, ranks)
-    is_resumed = checkpoint is not None
     with ranks.agreed():
-        model, encoder = build_model(recipe, mesh, is_resumed=is_resumed)
+        model, encoder = build_model(recipe, mesh, is_resumed=checkpoint is not None)
         trainer = VlmTrainer(recipe, model, open_loader(recipe, encoder, mesh), mesh)
-        whole = build_whole(recipe, is_resumed=is_resumed) if mesh.splits_model and ranks.is_main else model
-        trainer.whole, chat = whole, Chat(whole, encoder)
+    judges, held_out = trainer.judges, recipe.evaluate
+    chat = SplitChat(model, encoder, judges) if mesh.splits_model else Chat(model, encoder)
     with trainer.batches, runtime.stop_on_signal() as stop:
         trainer.resume(checkpoint, console)
-        judges, held_out = trainer.judges, recipe.evaluate
         during = partial(vlm_result.evaluate_during, held_out, chat, judges) if held_out else None
         before = partial(vlm_result.evaluate_untrained, recipe, chat, judges)
         run_steps(trainer, recipe.train, recipe.track, folder, console, stop=stop, before=before, evaluate=during)
     report = trainer.judge(lambda: vlm_result.answer_test(recipe.test, chat, judges) if recipe.test else None)
-    done = ranks.on_main(partial(vlm_result.finish, recipe, chat, report, trainer.step, console))
+    whole = trainer.gather(model, partial(build_whole, recipe)).eval()
+    done = ranks.on_main(partial(vlm_result.finish, recipe, whole, report, trainer.step, console))
     return done or vlm_result.VlmResult(folder, folder / "weights")
 
 
@@ -133,20 +130,17 @@ def build_model(
     return model.train(), encoder
 
 
-def build_whole(recipe: VlmRecipe, *, is_resumed: bool) -> Mistral3FP8VLMForConditionalGeneration:
-    """The model that rank 0 evaluates and exports where the trained one is split: in the memory of the host where
-    nothing is evaluated, as a model that needs splitting may not fit the device.
+def build_whole(recipe: VlmRecipe) -> Mistral3FP8VLMForConditionalGeneration:
+    """The model as it is exported where ranks hold it in parts, without its trained weights: in the memory of the host,
+    as a model that needs splitting may not fit a device.
 
     Args:
         recipe: The run.
-        is_resumed: As for `build_model`.
 
     Raises:
         OstroError: As `build_model`.
     """
-    is_evaluated = recipe.evaluate is not None or recipe.test is not None
-    device = None if is_evaluated else torch.device("cpu")
-    return build_model(recipe, is_resumed=is_resumed, device=device)[0]
+    return build_model(recipe, is_resumed=True, device=torch.device("cpu"))[0]
 
 
 def _keep_own(model: Mistral3FP8VLMForConditionalGeneration, recipe: VlmRecipe, mesh: Mesh) -> None:
@@ -210,7 +204,7 @@ class VlmTrainer(Trainer):
         self._model = model
         self.batches = loader
         self._trained = set(PARTS) - set(recipe.model.freeze)
-        self._stage = own_stage(model.config, mesh.group("pp") if mesh else None)
+        self.stage = own_stage(model.config, mesh.group("pp") if mesh else None)
         super().__init__(
             model,
             loader,
@@ -218,10 +212,9 @@ class VlmTrainer(Trainer):
             mesh,
             num_steps=recipe.train.num_steps or _steps_of_epochs(recipe, loader),
             rate_factors=rate_factors(model, recipe.optimizer.part_learning_rates, recipe.optimizer.learning_rate),
-            at_both_ends=["model.language_model.embed_tokens.weight"] if self._stage and self._stage.is_tied else (),
+            at_both_ends=["model.language_model.embed_tokens.weight"] if self.stage and self.stage.is_tied else (),
         )
-        dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
-        self.peak_flops = peak_flops(model.device, dtype) * self.ranks.world_size
+        self.peak_flops = peak_flops(model.device, self._dtype) * self.ranks.world_size
 
     def train_step(self) -> dict[str, float]:
         """Runs the micro-batches of one step and the optimizer.
@@ -237,28 +230,29 @@ class VlmTrainer(Trainer):
         flops = sum(step_flops(self._model.config, batch, self._trained) for batch in step.micro_batches)
         *counts, flops = self.data.sum([step.num_supervised, step.num_tokens, step.num_images, flops])
         num_supervised, num_tokens, num_images = map(int, counts)
-        batches = self._matched(step) if self._stage or self.mesh.fsdp else step.micro_batches
-        if self._stage is None:
+        batches = self._matched(step) if self.stage or self.mesh.fsdp else step.micro_batches
+        if self.stage is None:
             loss = sum(self._backward(batch, num_supervised) for batch in batches)
         else:
-            loss = self._run_stage(self._stage, batches, num_supervised)
+            loss = self._run_stage(self.stage, batches, num_supervised)
         [loss] = self.stages.sum(self.data.sum([loss]))
         check_finite("loss", loss)
         row = {"num_supervised": num_supervised, "num_images": num_images, "epoch": step.epoch, "flops": flops}
         return {"loss": loss, **self.update(num_tokens), **row}
 
     def _matched(self, step: ConversationStep) -> list[ConversationBatch]:
-        """The micro-batches of a step, each with an image where any rank has one, and as many as the rank with most.
-
-        A split model gathers its weights as it runs, so all ranks have to run the same parts equally often; a pipeline
-        needs a micro-batch for each stage.
-        """
-        has_images = bool(self.data.maximum(step.num_images))
-        needed = max(self.data.maximum(len(step.micro_batches)), self.stages.world_size)
-        missing = needed - len(step.micro_batches)
-        empty = blank_batch(self.batches.image_tokens if has_images else None)
-        batches = [with_blank(batch, empty) if not batch.num_images else batch for batch in step.micro_batches]
-        return (batches if has_images else list(step.micro_batches)) + [empty] * missing
+        """The micro-batches of a step for a split model, which gathers its weights as it runs, so that all ranks have
+        to run the same parts equally often; and a pipeline needs one for each stage."""
+        return list(
+            in_step(
+                step.micro_batches,
+                num_batches=len(step.micro_batches),
+                num_images=step.num_images,
+                image_tokens=self.batches.image_tokens,
+                ranks=self.data,
+                num_at_least=self.stages.world_size,
+            )
+        )
 
     def _backward(self, batch: ConversationBatch, num_supervised: int) -> float:
         """Adds the gradient of one micro-batch's share of the loss to the master weights, and gives that share."""
@@ -269,28 +263,17 @@ class VlmTrainer(Trainer):
 
     def _run_stage(self, stage: Stage, batches: Sequence[ConversationBatch], num_supervised: int) -> float:
         """Adds this stage's gradients of all micro-batches, in step with the others; the loss, on the last stage."""
-        model, recipe, length = self._model, self.recipe, max(batch.num_tokens for batch in batches)
-        dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
-        if model.device.type == "cpu" and dtype != torch.float32:
-            length = round_rows(length)
-
-        def compute(batch: ConversationBatch, received: torch.Tensor | None) -> torch.Tensor:
-            batch = filled(batch if stage.is_first else replace(batch, pixel_values=None, image_sizes=None), length)
-            batch = batch.to(model.device)
-            if stage.is_last:
-                return packed_loss(model, batch, num_supervised, received)
-            return packed_states(model, batch, received)
-
-        text: Any = model.config.text_config
+        model, dtype = self._model, self._dtype
+        rows = packed_rows(max(batch.num_tokens for batch in batches), model.device, dtype)
         assert self.stages.group is not None  # there is a stage
         return run_stage(
             model,
             stage,
-            compute,
+            partial(stage_output, model, stage, num_tokens=rows, num_supervised=num_supervised),
             batches,
-            hidden_states=torch.empty(1, length, text.hidden_size, dtype=dtype, device="meta"),
+            hidden_states=torch.empty(1, rows, model.config.get_text_config().hidden_size, dtype=dtype, device="meta"),
             group=self.stages.group,
-            schedule=recipe.parallel.schedule,
+            schedule=self.recipe.parallel.schedule,
         )
 
 

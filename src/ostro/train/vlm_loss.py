@@ -5,16 +5,24 @@ Batches are left to `data`, the head's product and its gradient to `losses.linea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from ostro.data.conversation_collate import ConversationBatch, collate
+from ostro.data.conversation_collate import ConversationBatch, blank_batch, collate, filled, with_blank
 from ostro.data.conversation_tokens import EncodedConversation
+from ostro.data.images import ImageTokens
 from ostro.losses.linear_ce import fused_linear_cross_entropy, get_final_hidden_states
+from ostro.models.cpu_linear import round_rows
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
 from ostro.models.packed import PackedTexts, fill_up, micro_batches
+from ostro.parallel.pipeline import Stage
+from ostro.train.judges import Judges
+from ostro.train.ranks import Ranks
 
 
 def packed_loss(
@@ -76,23 +84,109 @@ def packed_states(
     return get_final_hidden_states(output)
 
 
-@torch.no_grad()
-def held_out_loss(
-    model: Mistral3FP8VLMForConditionalGeneration, samples: Sequence[EncodedConversation], micro_batch_tokens: int
-) -> float:
-    """Mean cross-entropy over the supervised tokens of samples.
+def stage_output(
+    model: Mistral3FP8VLMForConditionalGeneration,
+    stage: Stage,
+    batch: ConversationBatch,
+    received: torch.Tensor | None,
+    *,
+    num_tokens: int,
+    num_supervised: int,
+) -> torch.Tensor:
+    """What a stage of a pipeline makes of a batch: `packed_loss` on the last, else `packed_states`.
 
     Args:
-        model: With packed attention.
-        samples: At least one supervised token in all.
-        micro_batch_tokens: Tokens per forward pass.
+        model: What is left of it on this stage.
+        stage: Which one that is.
+        batch: The same on all stages.
+        received: As for `packed_states`.
+        num_tokens: T, up to which the batch is filled; `packed_rows` of the batch or more.
+        num_supervised: As for `packed_loss`.
     """
-    num_supervised = sum(sample.num_supervised for sample in samples)
+    batch = filled(batch if stage.is_first else replace(batch, pixel_values=None, image_sizes=None), num_tokens)
+    batch = batch.to(model.device)
+    if stage.is_last:
+        return packed_loss(model, batch, num_supervised, received)
+    return packed_states(model, batch, received)
+
+
+def packed_rows(num_tokens: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Rows that a batch has on its way through a model that computes in `dtype`, see `packed.fill_up`."""
+    return round_rows(num_tokens) if device.type == "cpu" and dtype != torch.float32 else num_tokens
+
+
+def in_step(
+    batches: Iterable[ConversationBatch],
+    *,
+    num_batches: int,
+    num_images: int,
+    image_tokens: ImageTokens,
+    ranks: Ranks,
+    num_at_least: int = 1,
+) -> Iterator[ConversationBatch]:
+    """Batches, each with an image where any rank has one, and as many as the rank with most.
+
+    Args:
+        batches: Of this rank.
+        num_batches: How many there are.
+        num_images: In all of them.
+        image_tokens: Of the model.
+        ranks: Those that have to run the same parts of a model equally often.
+        num_at_least: Batches there have to be in any case.
+
+    Distributed: two all-reduces of an int64, before the first batch.
+    """
+    has_images = bool(ranks.maximum(num_images))
+    missing = max(ranks.maximum(num_batches), num_at_least) - num_batches
+    empty = blank_batch(image_tokens if has_images else None)
+    for batch in itertools.chain(batches, itertools.repeat(empty, missing)):
+        yield with_blank(batch, empty) if has_images and not batch.num_images else batch
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Mistral3FP8VLMForConditionalGeneration,
+    samples: Sequence[EncodedConversation],
+    image_tokens: ImageTokens,
+    judges: Judges,
+    *,
+    micro_batch_tokens: int,
+) -> float:
+    """Mean cross-entropy over the supervised tokens of the samples of all judges.
+
+    Args:
+        model: With packed attention; the part that this rank holds.
+        samples: This rank's share; at least one supervised token in those of all.
+        image_tokens: Of the model.
+        judges: The ranks.
+        micro_batch_tokens: Tokens per forward pass.
+
+    Distributed: three reductions, and the collectives of the passes.
+    """
+    [num_supervised] = map(int, judges.data.sum([sum(sample.num_supervised for sample in samples)]))
+    groups = micro_batches([len(sample.token_ids) for sample in samples], micro_batch_tokens)
+    batches: Iterable[ConversationBatch] = (collate([samples[row] for row in rows]) for rows in groups)
+    if judges.in_step.group is not None:
+        num_images = sum(len(sample.images) for sample in samples)
+        ranks = judges.in_step
+        batches = in_step(
+            batches, num_batches=len(groups), num_images=num_images, image_tokens=image_tokens, ranks=ranks
+        )
     training = model.training
     model.eval()
-    loss = 0.0
-    for rows in micro_batches([len(sample.token_ids) for sample in samples], micro_batch_tokens):
-        batch = collate([samples[row] for row in rows]).to(model.device)
-        loss += float(packed_loss(model, batch, num_supervised))
+    loss = sum(_share_of_loss(model, batch, judges, num_supervised) for batch in batches)
     model.train(training)
-    return loss
+    return judges.data.sum([loss])[0]
+
+
+def _share_of_loss(
+    model: Mistral3FP8VLMForConditionalGeneration, batch: ConversationBatch, judges: Judges, num_supervised: int
+) -> float:
+    """A batch's share of the loss, on all stages."""
+    if judges.stage is None:
+        return float(packed_loss(model, batch.to(model.device), num_supervised))
+    rows = packed_rows(batch.num_tokens, model.device, judges.dtype)
+    compute = partial(stage_output, model, judges.stage, batch, num_tokens=rows, num_supervised=num_supervised)
+    width = model.config.get_text_config().hidden_size
+    output = judges.run(compute, torch.empty(1, rows, width, dtype=judges.dtype, device=model.device))
+    return float(judges.share(output if judges.has_output else torch.empty((), device=model.device)))

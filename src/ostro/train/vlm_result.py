@@ -22,6 +22,7 @@ from ostro.checkpoint.export_vlm import export_vlm, verify_vlm
 from ostro.data.conversation import Conversation, open_conversations
 from ostro.errors import missing_extra
 from ostro.inference.chat import Chat
+from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
 from ostro.train.answers import (
     AnswerReport,
     answer_by_question,
@@ -31,9 +32,9 @@ from ostro.train.answers import (
     reference_of,
     summarise,
 )
+from ostro.train.judges import Judges
 from ostro.train.metrics import LiveLine, RunLog
 from ostro.train.options import AnswerOptions
-from ostro.train.ranks import Ranks
 from ostro.train.recipe import VlmRecipe
 from ostro.train.report import write_report
 from ostro.train.table import metric_table
@@ -69,46 +70,58 @@ def check_extras() -> None:
         raise missing_extra("eval", "matplotlib")
 
 
-def evaluate_untrained(recipe: VlmRecipe, chat: Chat, judges: Ranks, log: RunLog, line: LiveLine) -> None:
+def evaluate_untrained(recipe: VlmRecipe, chat: Chat, judges: Judges, log: RunLog, line: LiveLine) -> None:
     """Scores the model before its first step, on both held-out sets; `judges` share the conversations."""
     if recipe.evaluate is not None:
         _evaluate_and_log(recipe.evaluate, chat, judges, 0, log)
     if recipe.test is not None:
         report = answer_test(recipe.test, chat, judges)
         text = json.dumps(report.metrics) + "\n"
-        judges.on_main(lambda: (Path(recipe.output) / "untrained.json").write_text(text, encoding="utf-8"))
+        judges.ranks.on_main(lambda: (Path(recipe.output) / "untrained.json").write_text(text, encoding="utf-8"))
         line.say(f"before training  {summarise(report.metrics)}")
 
 
-def evaluate_during(options: AnswerOptions, chat: Chat, judges: Ranks, step: int, log: RunLog, line: LiveLine) -> float:
+def evaluate_during(
+    options: AnswerOptions, chat: Chat, judges: Judges, step: int, log: RunLog, line: LiveLine
+) -> float:
     """Scores the model after `step` steps, and gives the first metric; `judges` share the conversations."""
     metrics = _evaluate_and_log(options, chat, judges, step, log)
     line.say(f"step {step}  held out  {summarise(metrics)}")
     return next(iter(metrics.values()))
 
 
-def answer_test(options: AnswerOptions, chat: Chat, judges: Ranks) -> AnswerReport:
+def answer_test(options: AnswerOptions, chat: Chat, judges: Judges) -> AnswerReport:
     """Has the model answer the test set; the same report on all judges, which share the conversations.
 
     Distributed: as `evaluate_answers`.
     """
-    return evaluate_answers(chat, open_held_out(options, "test"), options, judges)
+    with judges.ranks.agreed():
+        conversations = open_held_out(options, "test")
+    return evaluate_answers(chat, conversations, options, judges)
 
 
-def _evaluate_and_log(options: AnswerOptions, chat: Chat, judges: Ranks, step: int, log: RunLog) -> dict[str, float]:
-    report = evaluate_answers(chat, open_held_out(options, "evaluate"), options, judges)
+def _evaluate_and_log(options: AnswerOptions, chat: Chat, judges: Judges, step: int, log: RunLog) -> dict[str, float]:
+    with judges.ranks.agreed():
+        conversations = open_held_out(options, "evaluate")
+    report = evaluate_answers(chat, conversations, options, judges)
     assert report.loss is not None  # a model's, not a baseline's
     metrics = {**report.metrics, "loss": report.loss}
     log.evaluation(step, "held out", metrics)
     return metrics
 
 
-def finish(recipe: VlmRecipe, chat: Chat, report: AnswerReport | None, step: int, console: Console) -> VlmResult:
+def finish(
+    recipe: VlmRecipe,
+    model: Mistral3FP8VLMForConditionalGeneration,
+    report: AnswerReport | None,
+    step: int,
+    console: Console,
+) -> VlmResult:
     """Exports the trained model, verifies the export and writes the results.
 
     Args:
         recipe: The run.
-        chat: The trained model.
+        model: The trained model, whole.
         report: Its answers to the test set; None without one.
         step: Optimizer steps done.
         console: Where the result is shown.
@@ -132,7 +145,7 @@ def finish(recipe: VlmRecipe, chat: Chat, report: AnswerReport | None, step: int
         if untrained.exists():
             baselines["untrained"] = json.loads(untrained.read_text(encoding="utf-8"))
         samples = _samples(report)
-    weights = export(recipe, chat, folder / "weights", step=step)
+    weights = export(recipe, model, folder / "weights", step=step)
     result = VlmResult(folder, weights, metrics, baselines)
     page = {"kind": "vlm", "metrics": dict(metrics), "baselines": baselines, "samples": samples}
     (folder / "result.json").write_text(json.dumps(page, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -143,12 +156,12 @@ def finish(recipe: VlmRecipe, chat: Chat, report: AnswerReport | None, step: int
     return result
 
 
-def export(recipe: VlmRecipe, chat: Chat, folder: Path, *, step: int) -> Path:
+def export(recipe: VlmRecipe, model: Mistral3FP8VLMForConditionalGeneration, folder: Path, *, step: int) -> Path:
     """Writes the weights in the form of the folder they came from, and proves that they read back the same.
 
     Args:
         recipe: The run.
-        chat: The trained model.
+        model: The trained model.
         folder: Where to write; an earlier export there is replaced.
         step: Optimizer steps done, for the model card.
 
@@ -159,8 +172,8 @@ def export(recipe: VlmRecipe, chat: Chat, folder: Path, *, step: int) -> Path:
         CheckpointError: When the folder cannot be written, or read back to the same weights.
     """
     source = fetch_weights(recipe.model.weights)
-    export_vlm(chat.model, source, folder, precision=recipe.export.precision, num_steps=step)
-    verify_vlm(folder, chat.model)
+    export_vlm(model, source, folder, precision=recipe.export.precision, num_steps=step)
+    verify_vlm(folder, model)
     return folder
 
 
