@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ostro.checkpoint.create import create_weights
 from ostro.checkpoint.train_state import latest_train_state
@@ -18,7 +20,7 @@ from ostro.data.conversation_collate import ConversationBatch, blank_batch, fill
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
 from ostro.models.packed import use_packed_attention
 from ostro.parallel.collectives import sum_over_ends
-from ostro.parallel.pipeline import keep_stage, plan_stages, run_stage
+from ostro.parallel.pipeline import Stage, fitting_number, keep_stages, own_stages, plan_stages, run_stages, running
 from ostro.parallel.options import ParallelOptions
 from ostro.train.export_run import export_checkpoint
 from ostro.train.recipe import VlmRecipe
@@ -83,20 +85,23 @@ def _gradients(model: torch.nn.Module) -> Gradients:
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def _on_stage(group: dist.ProcessGroup, is_tied: bool, schedule: str) -> list[tuple[float, Gradients]]:
+def _on_stages(
+    group: dist.ProcessGroup, is_tied: bool, schedule: str, stages_per_rank: int
+) -> list[tuple[float, Gradients]]:
     model, results = _whole(is_tied), []
-    stage = plan_stages(model.config, group.size())[group.rank()]
-    keep_stage(model, stage)
+    stages = own_stages(model.config, group, stages_per_rank)
+    keep_stages(model, stages)
     for number in range(len(STEPS)):
         batches, num_supervised = _step(number)
-        batches += [blank_batch(None)] * (group.size() - len(batches))
+        needed = fitting_number(len(batches), num_ranks=group.size(), schedule=schedule)
+        batches += [blank_batch(None)] * (needed - len(batches))
         length = max(batch.num_tokens for batch in batches)
         loss = partial(packed_loss, model, num_supervised=num_supervised)
         model.zero_grad()
-        value = run_stage(
+        value = run_stages(
             model,
-            stage,
-            lambda batch, received, loss=loss: (
+            stages,
+            lambda stage, batch, received, loss=loss: (
                 loss(batch, received=received) if stage.is_last else packed_states(model, batch, received)
             ),
             [filled(batch, length) for batch in batches],
@@ -105,20 +110,24 @@ def _on_stage(group: dist.ProcessGroup, is_tied: bool, schedule: str) -> list[tu
             schedule=schedule,
         )
         if is_tied:
-            ends = [model.get_input_embeddings().weight.grad] if stage.is_first or stage.is_last else []
+            is_end = stages[0].is_first or stages[-1].is_last
+            ends = [model.get_input_embeddings().weight.grad] if is_end else []
             sum_over_ends(ends, group)
         results.append((value, _gradients(model)))
     return results
 
 
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize(("num_stages", "schedule"), [(2, "1f1b"), (2, "gpipe"), (4, "1f1b")])
+@pytest.mark.parametrize(
+    ("num_ranks", "schedule", "stages_per_rank"),
+    [(2, "1f1b", 1), (2, "gpipe", 1), (4, "1f1b", 1), (2, "interleaved", 2)],
+)
 def test_stages_give_the_gradients_of_the_whole_model(
-    ranks: RankPool, is_tied: bool, num_stages: int, schedule: str
+    ranks: RankPool, is_tied: bool, num_ranks: int, schedule: str, stages_per_rank: int
 ) -> None:
     """Any mix of images, micro-batches of unequal content, and another length for every step."""
     expected = _expected(is_tied)
-    results = ranks.run(_on_stage, is_tied, schedule, world_size=num_stages)
+    results = ranks.run(_on_stages, is_tied, schedule, stages_per_rank, world_size=num_ranks)
     for (loss, gradients), *stages in zip(expected, *results, strict=True):
         assert sum(value for value, _ in stages) == pytest.approx(loss, rel=1e-6)
         assert set().union(*(own for _, own in stages)) == gradients.keys()
@@ -129,15 +138,37 @@ def test_stages_give_the_gradients_of_the_whole_model(
                 torch.testing.assert_close(gradient, gradients[name], rtol=0, atol=1e-5 * scale + 1e-12)
 
 
+@torch.no_grad()
+def test_stages_one_after_the_other_are_the_whole_model() -> None:
+    whole, ranks, states = _whole(True), [_whole(True), _whole(True)], None
+    stages, (batch, *_), _ = plan_stages(whole.config, 4), *_step(0)
+    for rank, model in enumerate(ranks):
+        keep_stages(model, stages[rank::2])
+    for stage in stages:
+        with running(ranks[stage.index % 2], stage):
+            states = packed_states(ranks[stage.index % 2], batch, states)
+    torch.testing.assert_close(states, packed_states(whole, batch), rtol=0, atol=0)
+
+
+def test_a_pipeline_takes_what_its_schedule_can_share_out() -> None:
+    def taken(schedule: str, num_ranks: int) -> list[int]:
+        return [fitting_number(number, num_ranks=num_ranks, schedule=schedule) for number in (1, 3, 5, 9, 17)]
+
+    assert taken("1f1b", 2) == [2, 3, 5, 9, 17]
+    assert taken("interleaved", 2) == [2, 3, 6, 10, 18]
+    assert taken("interleaved", 8) == [8, 8, 8, 9, 18]
+
+
 def _without_memory(group: dist.ProcessGroup) -> str:
-    def compute(batch: ConversationBatch, received: torch.Tensor | None) -> torch.Tensor:
+    def compute(stage: Stage, batch: ConversationBatch, received: torch.Tensor | None) -> torch.Tensor:
         raise torch.OutOfMemoryError("too much for 8 GiB")
 
     model = _whole(True)
-    stage, travels = plan_stages(model.config, 1)[0], torch.empty(1, 1, 32, device="meta")
+    stages, travels = plan_stages(model.config, 1), torch.empty(1, 1, 32, device="meta")
+    keep_stages(model, stages)
     batches = [blank_batch(None)]
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        run_stage(model, stage, compute, batches, hidden_states=travels, group=group, schedule="1f1b")
+        run_stages(model, stages, compute, batches, hidden_states=travels, group=group, schedule="1f1b")
     return str(caught.value)
 
 
@@ -158,12 +189,27 @@ def test_stages_have_about_the_same_work() -> None:
     assert layers(12) == [1] * 12
 
 
+def with_four_layers(source: Path, folder: Path) -> None:
+    """Weights of three text layers, and the third once more as a fourth."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    third = {name: tensor for name, tensor in tensors.items() if "language_model" in name and "layers.2." in name}
+    tensors |= {name.replace("layers.2.", "layers.3."): tensor.clone() for name, tensor in third.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`vlm/` with tied weights of three layers and data, `untied/` with weights whose head is its own."""
+    """`vlm/` with tied weights of three layers and data, `untied/` with weights whose head is its own; `4/` and
+    `4-untied/` with four layers."""
     folder = tmp_path_factory.mktemp("pipeline")
     vlm_runs.make_inputs(folder / "vlm")
     create_weights(folder / "untied", size="tiny", layout="identity", precision="fp8", vocab_size=1500, seed=0)
+    with_four_layers(folder / "vlm" / "weights", folder / "4")
+    with_four_layers(folder / "untied", folder / "4-untied")
     data, colours = folder / "vlm" / "data", list(vlm_runs.COLOURS)
     texts = [vlm_runs.text_row(number) for number in range(14)]
     pictures = [vlm_runs.picture_row(data, 300 + number, colours[number % 3]) for number in range(6)]
@@ -174,9 +220,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def mixed_recipe(inputs: Path, output: Path, *, is_tied: bool = True, **model: Any) -> VlmRecipe:
+def mixed_recipe(
+    inputs: Path, output: Path, *, is_tied: bool = True, num_layers: int = 3, **model: Any
+) -> VlmRecipe:
     """Two steps see all of the data, with other lengths; one process makes one micro-batch of each, a pipeline two."""
-    weights = inputs / "vlm" / "weights" if is_tied else inputs / "untied"
+    names = {(3, True): "vlm/weights", (3, False): "untied", (4, True): "4", (4, False): "4-untied"}
+    weights = inputs / names[num_layers, is_tied]
     data = {"train": [{"path": str(inputs / "vlm" / "data" / "mixed.jsonl")}], "shuffle": False}
     data |= {"max_tokens": 96, "micro_batch_tokens": 400}
     model = {"weights": str(weights), "dtype": "float32", **model}
@@ -208,27 +257,42 @@ def _compare(results: list[Steps], expected: Steps, *, is_split: bool = False) -
         assert all(torch.equal(other, first) for other in others), name
 
 
+INTERLEAVED = {"schedule": "interleaved", "stages_per_rank": 2, "dp_replicate": 1}
 MESHES = pytest.mark.parametrize(
-    "sizes", [{}, {"dp_replicate": 2}, {"dp_shard": 2, "dp_replicate": 1}, {"tp": 2, "dp_replicate": 1}]
+    "sizes",
+    [
+        {"dp_replicate": 1},
+        {"dp_replicate": 2},
+        {"dp_shard": 2, "dp_replicate": 1},
+        {"tp": 2, "dp_replicate": 1},
+        INTERLEAVED,
+        {**INTERLEAVED, "dp_shard": 2},
+        {**INTERLEAVED, "tp": 2},
+    ],
+    ids=lambda sizes: " ".join(f"{key}={value}" for key, value in sizes.items() if value != 1),
 )
 
 
 @MESHES
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 def test_steps_are_those_of_one_process(
-    ranks: RankPool, inputs: Path, tmp_path: Path, sizes: dict[str, int], is_tied: bool
+    ranks: RankPool, inputs: Path, tmp_path: Path, sizes: dict[str, Any], is_tied: bool
 ) -> None:
     """Text-only samples and steps, several images to a sample, and another length for every step."""
-    recipe = mixed_recipe(inputs, tmp_path, is_tied=is_tied)
+    recipe = mixed_recipe(inputs, tmp_path, is_tied=is_tied, num_layers=4 if "stages_per_rank" in sizes else 3)
     expected = _steps(None, recipe, 2)
     assert [row["num_images"] for row in expected[0]] == [7, 0]
-    world_size = 4 if sizes else 2
+    world_size = 2 * sizes["dp_replicate"] * sizes.get("dp_shard", 1) * sizes.get("tp", 1)
     results = ranks.run(_steps, _laid_out(recipe, **sizes), 2, world_size=world_size)
     assert all(len(own) < len(expected[1]) for _, own, _ in results)
     _compare(results, expected, is_split=bool({"dp_shard", "tp"} & sizes.keys()))
 
 
-@pytest.mark.parametrize("sizes", [{"schedule": "gpipe"}, {"dp_shard": 2, "dp_replicate": 1}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"schedule": "gpipe"}, {"dp_shard": 2, "dp_replicate": 1}, {**INTERLEAVED, "dp_shard": 2}],
+    ids=["gpipe", "dp_shard", "interleaved"],
+)
 @pytest.mark.parametrize(
     "freeze",
     [("vision",), ("embeddings", "language_model", "head"), ("vision", "projector", "embeddings", "language_model")],
@@ -239,7 +303,9 @@ def test_frozen_parts(
 ) -> None:
     """Also stages on which nothing trains, and activations computed again."""
     only_head = "head" not in freeze and len(freeze) == 4
-    recipe = mixed_recipe(inputs, tmp_path, is_tied=False, freeze=freeze, activation_checkpointing=True)
+    num_layers = 4 if "stages_per_rank" in sizes else 3
+    model = {"freeze": freeze, "activation_checkpointing": True}
+    recipe = mixed_recipe(inputs, tmp_path, is_tied=False, num_layers=num_layers, **model)
     if only_head and "dp_shard" in sizes:
         told, *_ = ranks.run(_run, _laid_out(recipe, **sizes), None, world_size=4)
         assert told.startswith("RecipeError: model.freeze: the head alone cannot be trained with parallel.dp_shard=2")
@@ -266,9 +332,10 @@ def test_a_run_in_bfloat16_exports_what_it_trained(ranks: RankPool, inputs: Path
 
 
 def test_a_run_goes_on_with_another_split(ranks: RankPool, inputs: Path, tmp_path: Path) -> None:
-    """Two stages; one process; two stages of two ranks that split their weights; the same, split by layer."""
+    """Two stages; one process; four stages on two ranks; two of two ranks that split their weights; the same, split by
+    layer."""
     blocks = {"train": {"num_steps": 8, "evaluate_every": None, "save_every": None}}
-    model = {"weights": str(inputs / "vlm" / "weights"), "dtype": "float32"}
+    model = {"weights": str(inputs / "4"), "dtype": "float32"}
     whole, parts = (
         vlm_runs.recipe(inputs / "vlm", tmp_path / name, model=model, **FLOAT32, **blocks).model_copy(
             update={"evaluate": None, "test": None}
@@ -276,12 +343,12 @@ def test_a_run_goes_on_with_another_split(ranks: RankPool, inputs: Path, tmp_pat
         for name in ("whole", "parts")
     )
     _run(None, whole, None)
-    splits = ({}, None, {"dp_shard": 2, "dp_replicate": 1}, {"tp": 2, "dp_replicate": 1})
-    for sizes, stop in zip(splits, (2, 4, 6, None), strict=True):
+    splits = ({}, None, INTERLEAVED, {"dp_shard": 2, "dp_replicate": 1}, {"tp": 2, "dp_replicate": 1})
+    for sizes, stop in zip(splits, (1, 2, 4, 6, None), strict=True):
         if sizes is None:
             shown = [_run(None, parts, stop)]
         else:
-            shown = ranks.run(_run, _laid_out(parts, **sizes), stop, world_size=4 if sizes else 2)
+            shown = ranks.run(_run, _laid_out(parts, **sizes), stop, world_size=4 if {"dp_shard", "tp"} & sizes.keys() else 2)
         if stop is not None:
             assert f"asked to stop here. Stopped after step {stop} of 8 and saved" in shown[-1]
     assert "continuing after step 6 of 8" in shown[0]
@@ -298,6 +365,9 @@ def test_what_a_pipeline_cannot_do_is_told(ranks: RankPool, inputs: Path, tmp_pa
     recipe = mixed_recipe(inputs, tmp_path)
     told, *silent = ranks.run(_run, _laid_out(recipe, pp=4), None, world_size=4)
     assert told == "RecipeError: parallel.pp: must be at most the model's num_hidden_layers, 3, got 4"
+    assert set(silent) == {"ToldElsewhere: rank 0 failed and tells why"}
+    told, *silent = ranks.run(_run, _laid_out(recipe, **INTERLEAVED), None)
+    assert told.startswith("RecipeError: parallel.stages_per_rank: must be at most 1, as parallel.pp=2 shares the mo")
     assert set(silent) == {"ToldElsewhere: rank 0 failed and tells why"}
     with pytest.raises(ValueError, match=r"parallel\.pp: must be 1 for an embedder, got 2; use parallel\.dp_shard"):
         embed_runs.recipe(inputs, tmp_path, parallel={"pp": 2})

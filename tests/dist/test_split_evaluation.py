@@ -21,6 +21,7 @@ from ostro.train.recipe import EmbedRecipe, VlmRecipe
 from ostro.train.shared import SharedEncoder
 from ostro.train.split_chat import SplitChat
 from tests.dist.test_data_parallel import embed_recipe, vlm_recipe
+from tests.dist.test_pipeline import with_four_layers
 from tests.helpers import runs, vlm_runs
 from tests.helpers.ranks import RankPool
 from tests.unit.data.files import write_jsonl
@@ -34,6 +35,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("split")
     runs.make_inputs(folder / "embed")
     vlm_runs.make_inputs(folder / "vlm")
+    with_four_layers(folder / "vlm" / "weights", folder / "vlm" / "four")
     data = folder / "vlm" / "data"
     pictures = [vlm_runs.picture_row(data, 300 + number, colour) for number, colour in enumerate(vlm_runs.COLOURS)]
     texts = [vlm_runs.text_row(number) for number in range(2)]
@@ -91,17 +93,18 @@ def _answers(
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"dp_shard": 2}, {"tp": 2}, {"pp": 2}, {"pp": 2, "dp_shard": 2}, {"pp": 2, "tp": 2}, {"pp": 2, "dp_replicate": 2}],
+    [{"dp_shard": 2}, {"tp": 2}, {"pp": 2}, {"pp": 2, "dp_shard": 2}, {"pp": 2, "tp": 2}, {"pp": 2, "dp_replicate": 2}, {"pp": 2, "schedule": "interleaved", "stages_per_rank": 2}],
 )
 def test_answers_are_those_of_one_process(
     ranks: RankPool, inputs: Path, tmp_path: Path, sizes: dict[str, int]
 ) -> None:
     """Those of transformers' own decoding."""
-    recipe = vlm_recipe(inputs, tmp_path)
+    weights = "four" if "schedule" in sizes else "weights"
+    recipe = vlm_recipe(inputs, tmp_path, model={"weights": str(inputs / "vlm" / weights), "dtype": "float32"})
     path = inputs / "vlm" / "data" / "held_out.jsonl"
     options = AnswerOptions(path=str(path), max_new_tokens=5, batch_samples=2)
     rows, reports = _answers(None, recipe, options)
-    world_size = 4 if len(sizes) > 1 else 2
+    world_size = 4 if len(sizes) == 2 else 2
     for rank_rows, rank_reports in ranks.run(_answers, laid_out(recipe, sizes), options, world_size=world_size):
         for report, rank_report in zip(reports, rank_reports, strict=True):
             assert rank_report.answers == report.answers

@@ -13,7 +13,7 @@ which is most of the work and leaves Python's lock free.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +130,7 @@ class ConversationLoader(BackgroundLoader[ConversationStep]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        num_micro_batches: int = 1,
+        fit: Callable[[int], int] | None = None,
     ) -> None:
         """Starts at the first step; the thread starts with the first `next`.
 
@@ -141,7 +141,8 @@ class ConversationLoader(BackgroundLoader[ConversationStep]):
             seed: Decides every order, >= 0; the same on every rank.
             rank: This rank, from 0.
             world_size: Number of ranks that share each step.
-            num_micro_batches: Of every step, at least, where it has as many conversations.
+            fit: Of a pipeline: maps a number of micro-batches to the next that it takes. A step has about equal ones,
+                of that number where it has as many conversations.
 
         Raises:
             RecipeError: When there are more ranks than conversations in a step.
@@ -157,7 +158,7 @@ class ConversationLoader(BackgroundLoader[ConversationStep]):
         super().__init__()
         self._sources, self._encoder, self._options, self._seed = sources, encoder, options, seed
         self._plan = SamplePlan(sources, options, seed=seed)
-        self._rank, self._world_size, self._num_micro_batches = rank, world_size, num_micro_batches
+        self._rank, self._world_size, self._fit = rank, world_size, fit
         self._num_samples = 0
         self._next_sample = 0
 
@@ -230,10 +231,11 @@ class ConversationLoader(BackgroundLoader[ConversationStep]):
         with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="conversation-reader") as readers:
             encoded = list(readers.map(self._encoder.encode, conversations))
         lengths, budget = [len(item.token_ids) for item in encoded], self._options.micro_batch_tokens
-        if self._num_micro_batches > 1:
-            groups = even_micro_batches(lengths, budget, self._num_micro_batches)
-        else:
+        if self._fit is None:
             groups = micro_batches(lengths, budget)
+        else:
+            needed = len(even_micro_batches(lengths, budget, 1))
+            groups = even_micro_batches(lengths, budget, self._fit(needed))
         batches = tuple(collate([encoded[index] for index in group]) for group in groups)
         return ConversationStep(
             micro_batches=batches,

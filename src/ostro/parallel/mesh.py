@@ -34,7 +34,7 @@ def axis_sizes(options: ParallelOptions, world_size: int) -> dict[str, int]:
         Size by axis, in the order of `AXES`.
 
     Raises:
-        RecipeError: When the sizes do not make up the ranks, or ask for an axis that no run can use yet.
+        RecipeError: When the sizes do not make up the ranks, or as `check_schedule`.
 
     Distributed: no collectives. Every rank finds the same error, before its first collective.
     """
@@ -42,6 +42,7 @@ def axis_sizes(options: ParallelOptions, world_size: int) -> dict[str, int]:
     for axis, size in sizes.items():
         if size == 0:
             raise RecipeError(f"parallel.{axis}: must be at least 1, or -1 for what is left of the ranks, got 0")
+    check_schedule(options, sizes["pp"])
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise RecipeError(f"parallel.{open_axes[1]}: only one of {' and '.join(open_axes)} can be -1; set the other")
@@ -140,16 +141,17 @@ def data_rank(sizes: Mapping[str, int], rank: int) -> int:
     return rank // sizes["tp"] % (sizes["dp_replicate"] * sizes["dp_shard"])
 
 
-def check_fits(sizes: Mapping[str, int], config: PreTrainedConfig) -> None:
+def check_fits(sizes: Mapping[str, int], config: PreTrainedConfig, stages_per_rank: int = 1) -> None:
     """Checks that a text tower can be cut as the mesh asks.
 
     Args:
         sizes: Of every axis, from `axis_sizes`.
         config: Of the text tower.
+        stages_per_rank: Of a pipeline.
 
     Raises:
-        RecipeError: When `tp` does not divide its heads, key-value heads, vocabulary or intermediate size, or `pp` is
-            more than its layers.
+        RecipeError: When `tp` does not divide its heads, key-value heads, vocabulary or intermediate size, or it has
+            fewer layers than stages.
 
     Distributed: no collectives. Every rank finds the same error.
     """
@@ -160,8 +162,37 @@ def check_fits(sizes: Mapping[str, int], config: PreTrainedConfig) -> None:
                 f"parallel.tp: must divide the model's {name}, {fields[name]}, got {sizes['tp']}; use a divisor, or "
                 "parallel.dp_shard to split the parameters"
             )
-    if sizes["pp"] > fields["num_hidden_layers"]:
+    num_layers = fields["num_hidden_layers"]
+    if sizes["pp"] > num_layers:
         raise RecipeError(
-            f"parallel.pp: must be at most the model's num_hidden_layers, {fields['num_hidden_layers']}, got "
-            f"{sizes['pp']}"
+            f"parallel.pp: must be at most the model's num_hidden_layers, {num_layers}, got {sizes['pp']}"
+        )
+    if sizes["pp"] * stages_per_rank > num_layers:
+        raise RecipeError(
+            f"parallel.stages_per_rank: must be at most {num_layers // sizes['pp']}, as parallel.pp={sizes['pp']} "
+            f"shares the model's num_hidden_layers, {num_layers}, got {stages_per_rank}"
+        )
+
+
+def check_schedule(options: ParallelOptions, num_ranks: int) -> None:
+    """Checks that the order of a pipeline's micro-batches goes with its size.
+
+    Args:
+        options: Of the run.
+        num_ranks: Of a pipeline; 1 where there is none.
+
+    Raises:
+        RecipeError: When `stages_per_rank` or `interleaved` would have no effect.
+
+    Distributed: no collectives. Every rank finds the same error.
+    """
+    is_interleaved = options.schedule == "interleaved"
+    if is_interleaved != (options.stages_per_rank > 1):
+        raise RecipeError(
+            "parallel.stages_per_rank: must be 2 or more with parallel.schedule=interleaved and 1 with any other, got "
+            f"{options.stages_per_rank} with {options.schedule}"
+        )
+    if is_interleaved and num_ranks == 1:
+        raise RecipeError(
+            "parallel.schedule: interleaved needs parallel.pp of at least 2, got 1; raise it, or take 1f1b"
         )

@@ -20,5 +20,7 @@ class ParallelOptions(Options):
     """Ranks that split every text layer, embedding and head, and see the same samples."""
     pp: int = pydantic.Field(1, ge=1)
     """Ranks that hold consecutive layers of a vision-language model; 1 for an embedder."""
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """Order of a pipeline's micro-batches: `1f1b` holds the activations of at most `pp` of them, `gpipe` of all."""
+    schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
+    """Order of a pipeline's micro-batches: `gpipe` holds the most activations, `interleaved` idles least."""
+    stages_per_rank: int = pydantic.Field(1, ge=1)
+    """Stages of each rank of a pipeline: 2 or more with `interleaved`, else 1."""

@@ -1,30 +1,36 @@
-"""A vision-language model cut into stages of consecutive layers, one per rank, and a step through all of them.
+"""A vision-language model cut into stages of consecutive layers, one or more per rank, and a step through all of them.
 
 What a stage computes on a batch is left to the caller, the order of the micro-batches to torch's schedules. The idea:
-a stage is the whole model object with the parts of the others taken out, so that names of weights are the same on
-every stage, in every checkpoint, and without a pipeline. Every stage reads the same samples from its own loader, and
-so knows the lengths and labels of every micro-batch: nothing but hidden states travels, forward, and their gradients,
-backward. Images need no routing: they are in the batch of their sample, which only the first stage looks at.
+a rank has the whole model object with the parts of the others taken out, so that names of weights are the same on
+every rank, in every checkpoint, and without a pipeline; of several stages in it, `running` lets one run at a time.
+Every rank reads the same samples from its own loader, and so knows the lengths and labels of every micro-batch: nothing
+but hidden states travels, forward, and their gradients, backward. Images need no routing: they are in the batch of
+their sample, which only the first stage looks at.
+
+With several stages per rank (interleaved), rank r of p has the stages r, p + r, 2p + r and so on: the first is on the
+first rank, the last on the last, and hidden states go round in a ring.
 
 torch's schedules send tensors of one shape through stages made for it. Making stages and schedule takes less than a
 millisecond and two small messages, so both are made anew for every step, which may then have another length than the
 one before.
 
 Source: Huang et al. 2019, "GPipe"; Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU
-Clusters Using Megatron-LM", section 2.2, for 1F1B.
+Clusters Using Megatron-LM", section 2.2, for 1F1B and its interleaved form.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from transformers import Mistral3Config
 
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
@@ -34,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 
-_SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+_SCHEDULES: dict[str, Any] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe, "interleaved": ScheduleInterleaved1F1B}
 
 
 @dataclass(frozen=True)
@@ -97,99 +103,151 @@ def plan_stages(config: Mistral3Config, num_stages: int) -> tuple[Stage, ...]:
     return tuple(Stage(index, num_stages, owned, is_tied) for index, owned in enumerate(ranges))
 
 
-def own_stage(config: Mistral3Config, group: dist.ProcessGroup | None) -> Stage | None:
-    """The stage of this rank.
+def own_stages(config: Mistral3Config, group: dist.ProcessGroup | None, stages_per_rank: int = 1) -> tuple[Stage, ...]:
+    """The stages of this rank, first to last.
 
     Args:
         config: Of the whole model.
-        group: The ranks of the pipeline, by stage; None where there is none.
+        group: The ranks of the pipeline, in the order of their first stages; None where there is none.
+        stages_per_rank: Of each of them.
+
+    Returns:
+        None of them where there is no pipeline.
     """
-    return None if group is None else plan_stages(config, group.size())[group.rank()]
+    if group is None:
+        return ()
+    return plan_stages(config, group.size() * stages_per_rank)[group.rank() :: group.size()]
 
 
-def keep_stage(model: Mistral3FP8VLMForConditionalGeneration, stage: Stage) -> None:
-    """Takes out of a model what other stages own. It then takes `inputs_embeds` and gives hidden states.
+def fitting_number(num_micro_batches: int, *, num_ranks: int, schedule: str) -> int:
+    """The least number of micro-batches, no less than there are, that a pipeline takes in a step.
+
+    Args:
+        num_micro_batches: As many as there are.
+        num_ranks: Of the pipeline.
+        schedule: As for `run_stages`. `interleaved` takes them in rounds of one size, at least `num_ranks`.
+    """
+    number = max(num_micro_batches, num_ranks)
+    while schedule == "interleaved" and number % (number // num_ranks):
+        number += 1
+    return number
+
+
+def keep_stages(model: Mistral3FP8VLMForConditionalGeneration, stages: Sequence[Stage]) -> None:
+    """Takes out of a model what other ranks own. Its stages can then run, see `running`.
 
     The last stage of a model whose head is the embedding keeps both, as one weight under the embedding's name: its
     gradient is the sum over the two ends, see `sum_over_ends`.
 
     Args:
         model: Whole, on any device, also the meta device; changed in place.
-        stage: The part to keep.
+        stages: The parts to keep.
     """
     inner: Any = model.model
     text: Any = inner.language_model
-    for index in range(len(text.layers)):
-        if index not in stage.layers:
-            text.layers[index] = _PassOn()
-    if not stage.is_first:
+    owned = {number for stage in stages for number in stage.layers}
+    layers = (layer if number in owned else torch.nn.Identity() for number, layer in enumerate(text.layers))
+    text.layers = _OwnLayers(layers, stages[0].layers)
+    if not stages[0].is_first:
         inner.vision_tower = inner.multi_modal_projector = None
-    if not stage.has_embedding:
+    if not any(stage.has_embedding for stage in stages):
         text.embed_tokens = None
+    if not stages[-1].is_last:
+        text.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
+    for stage in stages:
+        shown = f"layers {stage.layers.start} to {stage.layers.stop - 1}"
+        logger.info("pipeline stage %d of %d: %s", stage.index + 1, stage.num_stages, shown)
+
+
+@contextmanager
+def running(model: Mistral3FP8VLMForConditionalGeneration, stage: Stage) -> Iterator[None]:
+    """Lets the model be one of the stages that it holds while the block lasts.
+
+    The first stage takes tokens and images, another `inputs_embeds`, the hidden states of the one before; the last
+    gives logits, another hidden states in their place.
+
+    Args:
+        model: What is left of it by `keep_stages`.
+        stage: One of those kept.
+    """
+    text: Any = model.model.language_model
+    ends = text.norm, model.lm_head
+    text.layers.running = stage.layers
     if not stage.is_last:
         text.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
-    owned = f"layers {stage.layers.start} to {stage.layers.stop - 1}"
-    logger.info("pipeline stage %d of %d: %s", stage.index + 1, stage.num_stages, owned)
+    try:
+        yield
+    finally:
+        text.norm, model.lm_head = ends
 
 
-def plan_of_stage(plan: Plan, stage: Stage) -> Plan:
-    """The roles of a plan that a stage has modules for.
+def plan_of_stages(plan: Plan, stages: Sequence[Stage]) -> Plan:
+    """The roles of a plan that the stages of a rank have modules for.
 
     Args:
         plan: Of the whole model.
-        stage: The part that is kept.
+        stages: The parts that are kept.
     """
-    absent = {"vocabulary": not stage.has_embedding, "head": not stage.is_last}
+    has_embedding = any(stage.has_embedding for stage in stages)
+    absent = {"vocabulary": not has_embedding, "head": not stages[-1].is_last}
     return {pattern: role for pattern, role in plan.items() if not absent.get(role, False)}
 
 
-def run_stage(
-    model: torch.nn.Module,
-    stage: Stage,
-    compute: Callable[[Batch, torch.Tensor | None], torch.Tensor],
+Compute = Callable[[Stage, Batch, torch.Tensor | None], torch.Tensor]
+"""What a stage makes of a micro-batch, see `run_stages`."""
+
+
+def run_stages(
+    model: Mistral3FP8VLMForConditionalGeneration,
+    stages: Sequence[Stage],
+    compute: Compute[Batch],
     batches: Sequence[Batch],
     *,
     hidden_states: torch.Tensor,
     group: dist.ProcessGroup,
     schedule: str,
 ) -> float:
-    """Forward and backward of this stage over the micro-batches of a step, in step with the other stages.
+    """Forward and backward of this rank's stages over the micro-batches of a step, in step with the other ranks.
 
-    Equal to `for batch in batches: compute(batch, None).backward()` on the whole model.
+    Equal to `for batch in batches: compute(stage, batch, None).backward()` on the whole model as its only stage.
 
     Args:
-        model: What is left of it by `keep_stage`.
-        stage: Which part that is.
-        compute: Maps a micro-batch and the hidden states before this stage (None on the first) to those after it; on
-            the last, to its share of the loss, 0-d. It has to call `model` once.
-        batches: The same micro-batches on all stages; at least `stage.num_stages`.
+        model: What is left of it by `keep_stages`.
+        stages: Which parts that is; more than one with `interleaved`.
+        compute: Maps a stage, a micro-batch and the hidden states before this stage (None on the first) to those after
+            it; on the last, to its share of the loss, 0-d. It has to call `model` once, which then is that stage.
+        batches: The same micro-batches on all ranks; `fitting_number` of them.
         hidden_states: Shape and dtype of what travels; on the meta device. The same for every micro-batch.
-        group: The ranks of the pipeline, by stage.
-        schedule: `1f1b` or `gpipe`.
+        group: The ranks of the pipeline, in the order of their first stages.
+        schedule: `1f1b`, `gpipe` or `interleaved`.
 
     Returns:
-        The sum of the losses on the last stage, else 0.
+        The sum of the losses on the last rank, else 0.
 
-    Distributed: hidden states and their gradients between neighbours, once each for every micro-batch; before that two
-        small messages.
+    Distributed: hidden states and their gradients between the ranks of neighbouring stages, once each for every
+        micro-batch; before that two small messages.
     """
     device = next(model.parameters()).device
     travels = hidden_states.requires_grad_()
     number, loss = (torch.empty(1, dtype=torch.int64, device="meta"), torch.empty((), device="meta"))
     # shapes given here spare the schedule a trial run of model and loss
-    part = PipelineStage(
-        _StageModule(model, stage, compute, batches),
-        stage.index,
-        stage.num_stages,
-        device,
-        input_args=number if stage.is_first else travels,
-        output_args=loss.requires_grad_() if stage.is_last else travels,
-        group=group,
-    )
-    runner = _SCHEDULES[schedule](part, len(batches), loss_fn=lambda loss, _: loss, scale_grads=False)
+    parts = [
+        PipelineStage(
+            _StageModule(model, stage, compute, batches),
+            stage.index,
+            stage.num_stages,
+            device,
+            input_args=number if stage.is_first else travels,
+            output_args=loss.requires_grad_() if stage.is_last else travels,
+            group=group,
+        )
+        for stage in stages
+    ]
+    make = partial(_SCHEDULES[schedule], n_microbatches=len(batches), loss_fn=lambda loss, _: loss, scale_grads=False)
+    runner = make(parts if schedule == "interleaved" else parts[0])
     numbers, losses = torch.arange(len(batches)), []  # type: ignore[var-annotated]
     try:
-        inputs = (numbers,) if stage.is_first else ()
+        inputs = (numbers,) if stages[0].is_first else ()
         runner.step(*inputs, number=numbers, target=numbers, losses=losses, return_outputs=False)
     except RuntimeError as error:
         if isinstance(error.__cause__, torch.OutOfMemoryError):
@@ -198,34 +256,37 @@ def run_stage(
     return float(sum(share.detach() for share in losses))
 
 
+@torch.no_grad()
 def pass_through(
-    compute: Callable[[torch.Tensor | None], torch.Tensor],
+    model: Mistral3FP8VLMForConditionalGeneration,
+    stages: Sequence[Stage],
+    compute: Callable[[Stage, torch.Tensor | None], torch.Tensor],
     states: torch.Tensor,
     *,
-    stage: Stage,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """A forward pass of this stage on one batch, after the stages before it.
+    """A forward pass of one batch through this rank's stages, each after the one before it.
 
     Args:
-        compute: Maps the hidden states before this stage, None on the first, to those after it, or to whatever the last
-            stage makes of them.
+        model: What is left of it by `keep_stages`.
+        stages: Which parts that is.
+        compute: Maps a stage and the hidden states before it (None on the first) to those after it, or on the last to
+            whatever that makes of them. It has to call `model`, which then is that stage.
         states: Of the shape, dtype and device of hidden states, to receive them into.
-        stage: Which part of the model this is.
-        group: The ranks of the pipeline, by stage.
+        group: The ranks of the pipeline, in the order of their first stages.
 
     Returns:
-        What `compute` returns.
+        What `compute` gives for the last of these stages.
 
-    Distributed: hidden states from the stage before and to the one after; all stages call it.
+    Distributed: hidden states between the ranks of neighbouring stages; all ranks call it.
     """
-    if stage.is_first:
-        output = compute(None)
-    else:
-        dist.recv(states, group=group, group_src=stage.index - 1)
-        output = compute(states)
-    if not stage.is_last:
-        dist.send(output.contiguous(), group=group, group_dst=stage.index + 1)
+    for stage in stages:
+        if not stage.is_first:
+            dist.recv(states, group=group, group_src=(stage.index - 1) % group.size())
+        with running(model, stage):
+            output = compute(stage, None if stage.is_first else states)
+        if not stage.is_last:
+            dist.send(output.contiguous(), group=group, group_dst=(stage.index + 1) % group.size())
     return output
 
 
@@ -234,22 +295,31 @@ class _StageModule(torch.nn.Module):
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Mistral3FP8VLMForConditionalGeneration,
         stage: Stage,
-        compute: Callable[[Batch, torch.Tensor | None], torch.Tensor],
+        compute: Compute[Batch],
         batches: Sequence[Batch],
     ) -> None:
         super().__init__()
         self.model, self._stage, self._compute, self._batches = model, stage, compute, batches
 
     def forward(self, received: torch.Tensor, *, number: torch.Tensor) -> torch.Tensor:
-        output = self._compute(self._batches[int(number)], None if self._stage.is_first else received)
+        with running(self.model, self._stage):
+            before = None if self._stage.is_first else received
+            output = self._compute(self._stage, self._batches[int(number)], before)
         # text alone in front of layers that do not train: the next stage sends a gradient, which nothing needs
         return output if output.requires_grad else output.detach().requires_grad_()
 
 
-class _PassOn(torch.nn.Module):
-    """In the place of a layer that another stage owns."""
+class _OwnLayers(torch.nn.ModuleList):
+    """All text layers by number, others' replaced; a slice, which is what the text tower runs, has those of one stage.
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
+    FSDP must find the layers of every stage in the model at its first call, so none are taken out for a while.
+    """
+
+    def __init__(self, layers: Iterable[torch.nn.Module], running: range) -> None:
+        super().__init__(layers)
+        self.running = running
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[self.running.start : self.running.stop] if isinstance(index, slice) else list(self)[index]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
 from ostro.parallel.pipeline import Stage, pass_through
 from ostro.train.ranks import Ranks
 
@@ -26,44 +27,41 @@ class Judges:
         ranks: All of the run.
         data: Those that share the samples.
         in_step: Those that have to run the same passes, as they gather each other's weights.
-        stage: The part of a pipeline that this rank holds.
-        stages: The ranks of the pipeline, by stage.
+        pipeline: Those that hold other layers; None where each has all.
+        own_stages: The stages that this rank holds.
         dtype: Of hidden states.
     """
 
     ranks: Ranks = field(default_factory=Ranks)
     data: Ranks = field(default_factory=Ranks)
     in_step: Ranks = field(default_factory=Ranks)
-    stage: Stage | None = None
-    stages: dist.ProcessGroup | None = None
+    pipeline: dist.ProcessGroup | None = None
+    own_stages: tuple[Stage, ...] = ()
     dtype: torch.dtype = torch.float32
 
-    @property
-    def has_output(self) -> bool:
-        """Whether what comes out of the model comes out on this rank."""
-        return self.stage is None or self.stage.is_last
-
-    def run(self, compute: Callable[[torch.Tensor | None], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-        """A pass through the model, of which this rank may hold a stage.
-
-        Args:
-            compute: Maps the hidden states before this stage, None on the first, to its output.
-            states: Of the shape, dtype and device of hidden states, to receive them into; not looked at otherwise.
-
-        Distributed: as `pass_through`.
-        """
-        if self.stage is None or self.stages is None:
-            return compute(None)
-        return pass_through(compute, states, stage=self.stage, group=self.stages)
-
-    def share(self, output: torch.Tensor) -> torch.Tensor:
-        """What the last stage has, on all stages.
+    def run(
+        self,
+        model: Mistral3FP8VLMForConditionalGeneration,
+        compute: Callable[[Stage, torch.Tensor | None], torch.Tensor],
+        states: torch.Tensor,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """A forward pass through the stages of a pipeline.
 
         Args:
-            output: On the last stage the value, elsewhere a tensor of its shape and dtype, which is written.
+            model: What this rank holds.
+            compute: As for `pass_through`.
+            states: As for `pass_through`.
+            output: Of the shape, dtype and device of what the last stage makes, to receive it into.
 
-        Distributed: one broadcast over the pipeline.
+        Returns:
+            What the last stage makes, on all ranks of the pipeline.
+
+        Distributed: as `pass_through`, and one broadcast over the pipeline.
         """
-        if self.stages is not None:
-            dist.broadcast(output, group=self.stages, group_src=self.stages.size() - 1)
+        assert self.pipeline is not None  # else there are no stages
+        made = pass_through(model, self.own_stages, compute, states, group=self.pipeline)
+        if self.own_stages[-1].is_last:
+            output = made.contiguous()
+        dist.broadcast(output, group=self.pipeline, group_src=self.pipeline.size() - 1)
         return output

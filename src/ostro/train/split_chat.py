@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from ostro.data.conversation_tokens import NOTHING, ConversationEncoder, EncodedConversation
 from ostro.inference.chat import Chat
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
+from ostro.parallel.pipeline import Stage
 from ostro.train.judges import Judges
 
 
@@ -89,7 +90,7 @@ class SplitChat(Chat):
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -num_new:]
         allowed = self._allowed(mask, num_new)
 
-        def compute(received: torch.Tensor | None) -> torch.Tensor:
+        def compute(stage: Stage | None, received: torch.Tensor | None) -> torch.Tensor:
             tokens = {"input_ids": token_ids, **images} if received is None else {"inputs_embeds": received}
             output = model(
                 **tokens,
@@ -100,14 +101,15 @@ class SplitChat(Chat):
                 output_hidden_states=True,
                 logits_to_keep=1,
             )
-            chosen: torch.Tensor = output.logits[:, -1].argmax(dim=-1) if judges.has_output else output.hidden_states
-            return chosen
+            is_last = stage is None or stage.is_last
+            made: torch.Tensor = output.logits[:, -1].argmax(dim=-1) if is_last else output.hidden_states
+            return made
 
-        states = torch.empty(
-            *token_ids.shape, model.config.get_text_config().hidden_size, dtype=judges.dtype, device=model.device
-        )
-        output = judges.run(compute, states)
-        return judges.share(output if judges.has_output else torch.empty_like(token_ids[:, 0]))
+        if not judges.own_stages:
+            return compute(None, None)
+        width = model.config.get_text_config().hidden_size
+        states = torch.empty(*token_ids.shape, width, dtype=judges.dtype, device=model.device)
+        return judges.run(model, compute, states, torch.empty_like(token_ids[:, 0]))
 
     def _allowed(self, mask: torch.Tensor, num_new: int) -> torch.Tensor:
         """Which tokens each new one sees, `[B, 1, S, P + S]`: transformers would make it from the cache of layer 0,

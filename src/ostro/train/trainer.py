@@ -88,13 +88,13 @@ class Trainer(abc.ABC):
         num_tokens: Tokens seen by all ranks.
         num_steps: Optimizer steps of the whole run.
         saver: Writes its checkpoints.
-        stage: The layers that this rank holds; None where there are no stages.
+        own_stages: The stages of a pipeline that this rank holds.
         peak_flops: Floating-point operations per second that the device reaches at best; None where a subclass does
             not count the operations of a step.
     """
 
     peak_flops: float | None = None
-    stage: Stage | None = None
+    own_stages: tuple[Stage, ...] = ()
 
     def __init__(
         self,
@@ -232,8 +232,8 @@ class Trainer(abc.ABC):
             self.ranks,
             self.data,
             in_step=self.data if self.mesh.sizes["dp_shard"] > 1 else Ranks(),
-            stage=self.stage,
-            stages=self.stages.group,
+            pipeline=self.stages.group,
+            own_stages=self.own_stages,
             dtype=self._dtype,
         )
 

@@ -28,7 +28,7 @@ from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
 from ostro.models.packed import use_packed_attention
 from ostro.parallel.apply import prepare
 from ostro.parallel.mesh import AXES, Mesh, build_mesh, check_fits
-from ostro.parallel.pipeline import Stage, keep_stage, own_stage, plan_of_stage, run_stage
+from ostro.parallel.pipeline import fitting_number, keep_stages, own_stages, plan_of_stages, run_stages
 from ostro.parallel.plans import VISION_LANGUAGE
 from ostro.train import runtime, vlm_result
 from ostro.train.flops import peak_flops, step_flops
@@ -147,10 +147,10 @@ def _keep_own(model: Mistral3FP8VLMForConditionalGeneration, recipe: VlmRecipe, 
     """Freezes parts of the whole model, on the meta device, and leaves of it what this rank holds."""
     options, plan = recipe.model, VISION_LANGUAGE
     freeze(model, options.freeze)
-    check_fits(mesh.sizes, model.config.get_text_config())
-    if stage := own_stage(model.config, mesh.group("pp")):
-        keep_stage(model, stage)
-        plan = plan_of_stage(plan, stage)
+    check_fits(mesh.sizes, model.config.get_text_config(), recipe.parallel.stages_per_rank)
+    if stages := own_stages(model.config, mesh.group("pp"), recipe.parallel.stages_per_rank):
+        keep_stages(model, stages)
+        plan = plan_of_stages(plan, stages)
     prepare(
         model,
         plan,
@@ -173,7 +173,7 @@ def open_loader(recipe: VlmRecipe, encoder: ConversationEncoder, mesh: Mesh | No
         seed=recipe.seed,
         rank=rank,
         world_size=world_size,
-        num_micro_batches=recipe.parallel.pp,
+        fit=partial(_fitting, recipe) if recipe.parallel.pp > 1 else None,
     )
 
 
@@ -204,7 +204,7 @@ class VlmTrainer(Trainer):
         self._model = model
         self.batches = loader
         self._trained = set(PARTS) - set(recipe.model.freeze)
-        self.stage = own_stage(model.config, mesh.group("pp") if mesh else None)
+        self.own_stages = own_stages(model.config, mesh.group("pp") if mesh else None, recipe.parallel.stages_per_rank)
         super().__init__(
             model,
             loader,
@@ -212,7 +212,9 @@ class VlmTrainer(Trainer):
             mesh,
             num_steps=recipe.train.num_steps or _steps_of_epochs(recipe, loader),
             rate_factors=rate_factors(model, recipe.optimizer.part_learning_rates, recipe.optimizer.learning_rate),
-            at_both_ends=["model.language_model.embed_tokens.weight"] if self.stage and self.stage.is_tied else (),
+            at_both_ends=["model.language_model.embed_tokens.weight"]
+            if any(stage.is_tied for stage in self.own_stages)
+            else (),
         )
         self.peak_flops = peak_flops(model.device, self._dtype) * self.ranks.world_size
 
@@ -230,11 +232,11 @@ class VlmTrainer(Trainer):
         flops = sum(step_flops(self._model.config, batch, self._trained) for batch in step.micro_batches)
         *counts, flops = self.data.sum([step.num_supervised, step.num_tokens, step.num_images, flops])
         num_supervised, num_tokens, num_images = map(int, counts)
-        batches = self._matched(step) if self.stage or self.mesh.fsdp else step.micro_batches
-        if self.stage is None:
-            loss = sum(self._backward(batch, num_supervised) for batch in batches)
+        batches = self._matched(step) if self.own_stages or self.mesh.fsdp else step.micro_batches
+        if self.own_stages:
+            loss = self._run_stages(batches, num_supervised)
         else:
-            loss = self._run_stage(self.stage, batches, num_supervised)
+            loss = sum(self._backward(batch, num_supervised) for batch in batches)
         [loss] = self.stages.sum(self.data.sum([loss]))
         check_finite("loss", loss)
         row = {"num_supervised": num_supervised, "num_images": num_images, "epoch": step.epoch, "flops": flops}
@@ -242,7 +244,7 @@ class VlmTrainer(Trainer):
 
     def _matched(self, step: ConversationStep) -> list[ConversationBatch]:
         """The micro-batches of a step for a split model, which gathers its weights as it runs, so that all ranks have
-        to run the same parts equally often; and a pipeline needs one for each stage."""
+        to run the same parts equally often; and a pipeline takes some numbers of them only."""
         return list(
             in_step(
                 step.micro_batches,
@@ -250,7 +252,7 @@ class VlmTrainer(Trainer):
                 num_images=step.num_images,
                 image_tokens=self.batches.image_tokens,
                 ranks=self.data,
-                num_at_least=self.stages.world_size,
+                fit=partial(_fitting, self.recipe),
             )
         )
 
@@ -261,20 +263,25 @@ class VlmTrainer(Trainer):
             loss.backward()
         return float(loss.detach())
 
-    def _run_stage(self, stage: Stage, batches: Sequence[ConversationBatch], num_supervised: int) -> float:
-        """Adds this stage's gradients of all micro-batches, in step with the others; the loss, on the last stage."""
+    def _run_stages(self, batches: Sequence[ConversationBatch], num_supervised: int) -> float:
+        """Adds the gradients of this rank's stages, in step with the others; the loss, on the last rank."""
         model, dtype = self._model, self._dtype
         rows = packed_rows(max(batch.num_tokens for batch in batches), model.device, dtype)
         assert self.stages.group is not None  # there is a stage
-        return run_stage(
+        return run_stages(
             model,
-            stage,
-            partial(stage_output, model, stage, num_tokens=rows, num_supervised=num_supervised),
+            self.own_stages,
+            partial(stage_output, model, num_tokens=rows, num_supervised=num_supervised),
             batches,
             hidden_states=torch.empty(1, rows, model.config.get_text_config().hidden_size, dtype=dtype, device="meta"),
             group=self.stages.group,
             schedule=self.recipe.parallel.schedule,
         )
+
+
+def _fitting(recipe: VlmRecipe, num_micro_batches: int) -> int:
+    options = recipe.parallel
+    return fitting_number(num_micro_batches, num_ranks=options.pp, schedule=options.schedule)
 
 
 def _steps_of_epochs(recipe: VlmRecipe, loader: ConversationLoader) -> int:

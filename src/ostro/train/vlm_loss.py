@@ -6,9 +6,8 @@ Batches are left to `data`, the head's product and its gradient to `losses.linea
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -96,8 +95,8 @@ def stage_output(
     """What a stage of a pipeline makes of a batch: `packed_loss` on the last, else `packed_states`.
 
     Args:
-        model: What is left of it on this stage.
-        stage: Which one that is.
+        model: What is left of it on this rank.
+        stage: Which one of those that this rank holds.
         batch: The same on all stages.
         received: As for `packed_states`.
         num_tokens: T, up to which the batch is filled; `packed_rows` of the batch or more.
@@ -122,7 +121,7 @@ def in_step(
     num_images: int,
     image_tokens: ImageTokens,
     ranks: Ranks,
-    num_at_least: int = 1,
+    fit: Callable[[int], int] = int,
 ) -> Iterator[ConversationBatch]:
     """Batches, each with an image where any rank has one, and as many as the rank with most.
 
@@ -132,12 +131,12 @@ def in_step(
         num_images: In all of them.
         image_tokens: Of the model.
         ranks: Those that have to run the same parts of a model equally often.
-        num_at_least: Batches there have to be in any case.
+        fit: Maps that many batches to the number there have to be, no fewer.
 
     Distributed: two all-reduces of an int64, before the first batch.
     """
     has_images = bool(ranks.maximum(num_images))
-    missing = max(ranks.maximum(num_batches), num_at_least) - num_batches
+    missing = fit(ranks.maximum(num_batches)) - num_batches
     empty = blank_batch(image_tokens if has_images else None)
     for batch in itertools.chain(batches, itertools.repeat(empty, missing)):
         yield with_blank(batch, empty) if has_images and not batch.num_images else batch
@@ -182,11 +181,14 @@ def held_out_loss(
 def _share_of_loss(
     model: Mistral3FP8VLMForConditionalGeneration, batch: ConversationBatch, judges: Judges, num_supervised: int
 ) -> float:
-    """A batch's share of the loss, on all stages."""
-    if judges.stage is None:
+    """A batch's share of the loss, on all ranks of a pipeline."""
+    if not judges.own_stages:
         return float(packed_loss(model, batch.to(model.device), num_supervised))
     rows = packed_rows(batch.num_tokens, model.device, judges.dtype)
-    compute = partial(stage_output, model, judges.stage, batch, num_tokens=rows, num_supervised=num_supervised)
+
+    def compute(stage: Stage, received: torch.Tensor | None) -> torch.Tensor:
+        return stage_output(model, stage, batch, received, num_tokens=rows, num_supervised=num_supervised)
+
     width = model.config.get_text_config().hidden_size
-    output = judges.run(compute, torch.empty(1, rows, width, dtype=judges.dtype, device=model.device))
-    return float(judges.share(output if judges.has_output else torch.empty((), device=model.device)))
+    states = torch.empty(1, rows, width, dtype=judges.dtype, device=model.device)
+    return float(judges.run(model, compute, states, torch.empty((), device=model.device)))

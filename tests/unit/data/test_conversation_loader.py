@@ -44,7 +44,7 @@ def options(tmp_path: Path) -> ConversationDataOptions:
     return conversation_options(write_conversations(tmp_path, SIZES))
 
 
-def _loader(options: ConversationDataOptions, encoder: ConversationEncoder, **ranks: int) -> ConversationLoader:
+def _loader(options: ConversationDataOptions, encoder: ConversationEncoder, **ranks: Any) -> ConversationLoader:
     return ConversationLoader(open_conversations(options.train), encoder, options, seed=3, **ranks)
 
 
@@ -289,3 +289,19 @@ def test_bad_options_are_refused_by_their_key(tmp_path: Path, override: str, mes
     assert load_recipe(tmp_path / "toy.yaml", [], {"toy": _Recipe}).data.global_batch_samples == 32
     with pytest.raises(RecipeError, match=f"^{message}"):
         load_recipe(tmp_path / "toy.yaml", [f"data.{override}"], {"toy": _Recipe})
+
+
+def test_a_pipeline_gets_the_number_of_micro_batches_it_takes(
+    options: ConversationDataOptions, encoder: ConversationEncoder
+) -> None:
+    asked: list[int] = []
+
+    def fit(number: int) -> int:
+        asked.append(number)
+        return number + 2
+
+    with _loader(options, encoder, fit=fit) as loader:
+        step = next(loader)
+    samples = sum(len(batch.lengths) for batch in step.micro_batches)
+    assert samples == options.global_batch_samples
+    assert len(step.micro_batches) == min(asked[0] + 2, samples)

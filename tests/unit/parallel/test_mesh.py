@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from ostro.errors import RecipeError
@@ -33,9 +35,12 @@ def test_what_is_left_is_split() -> None:
         ({"dp_shard": 3}, "parallel.dp_shard: the product of the sizes must be the number of ranks, 4, got"),
         ({"tp": 3}, "parallel.tp: the product of the sizes must be the number of ranks, 4, got"),
         ({"pp": 3}, "parallel.pp: the product of the sizes must be the number of ranks, 4, got"),
+        ({"pp": 2, "stages_per_rank": 2}, "parallel.stages_per_rank: must be 2 or more with parallel.schedule=interl"),
+        ({"pp": 2, "schedule": "interleaved"}, "parallel.stages_per_rank: must be 2 or more with parallel.schedule=in"),
+        ({"stages_per_rank": 2, "schedule": "interleaved"}, "parallel.schedule: interleaved needs parallel.pp of at l"),
     ],
 )
-def test_what_does_not_fit_is_named(options: dict[str, int], message: str) -> None:
+def test_what_does_not_fit_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         axis_sizes(ParallelOptions(**options), 4)
     assert str(caught.value).startswith(message)
@@ -49,6 +54,10 @@ def test_ranks_of_one_share_of_a_batch_have_one_number() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
+        (
+            {"pp": 2, "stages_per_rank": 2},
+            "parallel.stages_per_rank: must be at most 1, as parallel.pp=2 shares the mo",
+        ),
         ({"tp": 3}, "parallel.tp: must divide the model's num_attention_heads, 4, got 3"),
         ({"tp": 4}, "parallel.tp: must divide the model's num_key_value_heads, 2, got 4"),
         ({"pp": 3}, "parallel.pp: must be at most the model's num_hidden_layers, 2, got 3"),
@@ -57,9 +66,10 @@ def test_ranks_of_one_share_of_a_batch_have_one_number() -> None:
 )
 def test_what_the_model_cannot_be_cut_into_is_named(sizes: dict[str, int], message: str) -> None:
     sizes = dict.fromkeys(AXES, 1) | sizes
+    stages_per_rank = sizes.pop("stages_per_rank", 1)
     if not message:
         check_fits(sizes, text_config())
         return
     with pytest.raises(RecipeError) as caught:
-        check_fits(sizes, text_config())
+        check_fits(sizes, text_config(), stages_per_rank)
     assert str(caught.value).startswith(message)
