@@ -37,10 +37,10 @@ VISION = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
 MIB = 2**20
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, text: dict[str, int] = TEXT) -> None:
     """Writes config and weights: random FP8 codes but nan, with a scale each, and random BF16."""
-    config = model_config("tiny", vocab_size=TEXT["vocab_size"], tie_word_embeddings=True)
-    config = {**config, "text_config": config["text_config"] | TEXT, "vision_config": config["vision_config"] | VISION}
+    config = model_config("tiny", vocab_size=text["vocab_size"], tie_word_embeddings=True)
+    config = {**config, "text_config": config["text_config"] | text, "vision_config": config["vision_config"] | VISION}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTIZATION}))
     with torch.device("meta"):
@@ -114,7 +114,8 @@ def _resident() -> tuple[int, int]:
     return int(fields["RssAnon"].split()[0]) * 1024, int(fields["VmRSS"].split()[0]) * 1024
 
 
-def _read_bytes() -> int:
+def read_bytes() -> int:
+    """What storage has delivered to this process so far."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
@@ -131,20 +132,20 @@ def run(case: dict[str, Any]) -> dict[str, float]:
     """
     torch.set_num_threads(1)
     folder, world_size = Path(case["folder"]), case["world_size"]
-    mesh = _mesh(case) if world_size > 1 else None
+    mesh = join(case) if world_size > 1 else None
     from ostro.checkpoint.load import load_vlm
 
     drop_cache(folder)
     if mesh is not None and case["store"]:
         torch.distributed.barrier()
-    before = _read_bytes(), time.process_time(), time.perf_counter()
+    before = read_bytes(), time.process_time(), time.perf_counter()
     with Peak() as peak:
         if case["loader"] == "stock":
             model: Any = Mistral3ForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
         else:
             model = load_vlm(folder, mesh=mesh)
     result = {
-        "read": _read_bytes() - before[0],
+        "read": read_bytes() - before[0],
         "cpu_s": time.process_time() - before[1] - peak.cpu_s,
         "wall_s": time.perf_counter() - before[2],
         "peak": peak.anonymous,
@@ -163,7 +164,8 @@ def run(case: dict[str, Any]) -> dict[str, float]:
     return {**result, "share": share}
 
 
-def _mesh(case: dict[str, Any]) -> Any:
+def join(case: dict[str, Any]) -> Any:
+    """Makes the default process group and the mesh of a case."""
     import torch.distributed as dist
 
     if case["store"]:
@@ -176,12 +178,12 @@ def _mesh(case: dict[str, Any]) -> Any:
     return dist.init_device_mesh("cpu", (case["world_size"],))
 
 
-def in_processes(case: dict[str, Any]) -> list[dict[str, float]]:
-    """Runs a case on all its ranks at once, or on rank 0 of a fake group."""
+def in_processes(case: dict[str, Any], script: str = __file__) -> list[dict[str, float]]:
+    """Runs a case of a script on all its ranks at once, or on rank 0 of a fake group."""
     ranks = range(case["world_size"]) if case["store"] else [0]
     started = [
         subprocess.Popen(
-            [sys.executable, __file__, "--case", json.dumps({**case, "rank": rank})], stdout=subprocess.PIPE, text=True
+            [sys.executable, script, "--case", json.dumps({**case, "rank": rank})], stdout=subprocess.PIPE, text=True
         )
         for rank in ranks
     ]

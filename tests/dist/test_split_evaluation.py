@@ -51,8 +51,7 @@ def _search(
     group: dist.ProcessGroup | None, recipe: EmbedRecipe
 ) -> tuple[list[dict[str, float]], list[dict[str, float]], torch.Tensor]:
     mesh = build_mesh(recipe.parallel, Ranks.current().world_size, "cpu")
-    embedder, tokenizer = embed.build_embedder(recipe)
-    embedder = embed.split_embedder(embedder, mesh)
+    embedder, tokenizer = embed.build_embedder(recipe, mesh)
     trainer = embed.EmbedTrainer(recipe, embedder, embed.open_loader(recipe, tokenizer, mesh), mesh)
     encoder = embed_result.run_encoder(recipe, embedder, tokenizer)
     encoder.micro_batch_tokens = 6  # the texts of one rank are then one pass more

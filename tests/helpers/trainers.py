@@ -13,8 +13,7 @@ def make_trainer(recipe: EmbedRecipe | VlmRecipe) -> Trainer:
     """The trainer of a recipe on CPU ranks, or in one process."""
     mesh = build_mesh(recipe.parallel, Ranks.current().world_size, "cpu")
     if isinstance(recipe, EmbedRecipe):
-        embedder, tokenizer = embed.build_embedder(recipe)
-        embedder = embed.split_embedder(embedder, mesh)
+        embedder, tokenizer = embed.build_embedder(recipe, mesh)
         return embed.EmbedTrainer(recipe, embedder, embed.open_loader(recipe, tokenizer, mesh), mesh)
     model, encoder = vlm.build_model(recipe, mesh)
     return vlm.VlmTrainer(recipe, model, vlm.open_loader(recipe, encoder, mesh), mesh)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -187,16 +187,33 @@ def _check_keys(
         )
     if is_tied:
         del wanted[_HEAD]
+    check_fit(source, reader, wanted, reader.shapes)
+
+
+def check_fit(
+    source: str, reader: Fp8StorageReader, wanted: Mapping[str, tuple[int, ...]], found: Iterable[str]
+) -> None:
+    """Compares names and shapes of files and model.
+
+    Args:
+        source: What the message begins with.
+        reader: Of the folder.
+        wanted: Shape of every weight of the model, by runtime name.
+        found: Runtime names in the folder that must be of the model.
+
+    Raises:
+        LayoutError: When a weight is missing, left over or of another shape.
+    """
     missing = [name for name in wanted if name not in reader.shapes]
-    unexpected = [reader.keys.weights[name] for name in reader.shapes if name not in wanted]
+    unexpected = [reader.keys.weights[name] for name in found if name not in wanted]
     shapes = [
         f"{reader.keys.weights[name]} {list(shape)} for {list(wanted[name])}"
         for name, shape in reader.shapes.items()
         if name in wanted and shape != wanted[name]
     ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    if any(found.values()):
-        text = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in found.items() if keys)
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    if any(problems.values()):
+        text = "; ".join(f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems.items() if keys)
         raise LayoutError(f"{source}: weights do not fit the configuration: {text}; do they belong together?")
 
 

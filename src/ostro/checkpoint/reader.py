@@ -64,7 +64,7 @@ class Fp8StorageReader(StorageReader):
 
         Args:
             folder: A weights folder.
-            dtype: Type that the parameters will have.
+            dtype: What the values are rounded to; parameters have this type or a wider one.
             head_dim: Rows of one attention head by runtime name of a q or k weight; needed for the native layout.
 
         Raises:
@@ -120,7 +120,7 @@ class Fp8StorageReader(StorageReader):
         return {name: self._read_whole(self._tensors[key]) for name, key in self.keys.activation_scales.items()}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Every weight under its runtime name as one whole tensor of the final type.
+        """Every weight under its runtime name as one whole tensor.
 
         Args:
             *args: Not used.
@@ -220,7 +220,7 @@ class Fp8StorageReader(StorageReader):
         piece_bytes = _CPU_PIECE_BYTES if on_cpu else _DEVICE_PIECE_BYTES
         step = max(1, piece_bytes // max(1, row_bytes) // unit) * unit
         # straight into the parameter, where bytes stay as they are
-        is_copy = on_cpu and unit == 1 and dtype == target.dtype and target.shape[1:] == row_shape
+        is_copy = on_cpu and unit == 1 and dtype == self._dtype == target.dtype and target.shape[1:] == row_shape
         is_copy = is_copy and target.is_contiguous()
         if not is_copy:
             staging = torch.empty(min(step, -(-(count + unit) // unit) * unit), *row_shape, dtype=dtype)
@@ -238,7 +238,9 @@ class Fp8StorageReader(StorageReader):
                 self._place_fp8(name, raw, begin, rows, columns, part)
             else:
                 values = to_runtime_rows(raw, unit) if unit > 1 else raw
-                part.copy_(values[(rows, *columns)])
+                values = values[(rows, *columns)]
+                # a narrower type rounds as it is written, a wider one is to hold what that would be
+                part.copy_(values if part.dtype == self._dtype else values.to(self._dtype))
 
     def _place_fp8(
         self,
@@ -256,10 +258,10 @@ class Fp8StorageReader(StorageReader):
             raw = raw[:, columns[0]].contiguous()
             columns = (slice(None),)
         raw = raw.to(part.device)
-        if part.shape == raw.shape and unit == 1:
+        if part.shape == raw.shape and part.dtype == self._dtype and unit == 1:
             dequantize(raw, scale, part.dtype, out=part)
         else:
-            values = dequantize(raw, scale, part.dtype)
+            values = dequantize(raw, scale, self._dtype)
             values = to_runtime_rows(values, unit) if unit > 1 else values
             part.copy_(values[(rows, *columns)])
 

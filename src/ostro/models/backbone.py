@@ -52,8 +52,9 @@ MODEL_CLASSES: dict[str, dict[str, type[PreTrainedModel]]] = {
 
 _HEAD = "score.weight"
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-# beyond the tower: the language-model head, and the static activation scales, which only FP8 inference uses
-_LEFTOVERS = re.compile(r"(^|\.)(lm_head\.weight|activation_scale)$")
+LEFTOVERS = re.compile(r"(^|\.)(lm_head\.weight|activation_scale|rotary_emb\.inv_freq)$")
+"""Keys beyond the tower: the language-model head, the static activation scales, which only FP8 inference uses, and
+frequencies, which are computed."""
 
 
 def build_encoder_backbone(
@@ -126,27 +127,33 @@ def build_encoder_backbone(
 def empty_encoder_backbone(
     model_name_or_path: str, *, pooling: str, extract_submodel: str | None, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The backbone that `build_encoder_backbone` gives for `embedding`, with weights still to be filled in.
+    """The backbone that `build_encoder_backbone` gives for `embedding`, on the meta device, without weights.
+
+    It may be split before it gets storage, which `ostro.checkpoint.load_encoder.fill_encoder` gives it. It is not
+    probed: that would need weights, and all ranks.
 
     Args:
         model_name_or_path: As there; its configuration is read and its weights are not.
         pooling: As there, and so `extract_submodel`.
         extract_submodel: Dotted path of the text tower.
-        dtype: Of the weights, which hold whatever was in memory.
+        dtype: Of the weights.
 
     Raises:
         ValueError: As there, and so the others.
         LayoutError: When the folder is of another family.
         CheckpointError: When there is no configuration.
     """
-    path, tower_config = _text_tower(model_name_or_path, read_config(model_name_or_path), extract_submodel)
+    source = read_config(model_name_or_path)
+    _dequantizing(model_name_or_path, source)
+    path, tower_config = _text_tower(model_name_or_path, source, extract_submodel)
     model_class = _model_class(f"{model_name_or_path}: {path or 'config.json'}", "embedding", tower_config)
     config = _target_config(model_name_or_path, tower_config, model_class, pooling, None, None)
     config.name_or_path = model_name_or_path
     with torch.device("meta"):
-        weights = model_class(config).state_dict()
-    empty = {key: torch.empty(weight.shape, dtype=dtype) for key, weight in weights.items()}
-    return _assemble(model_class, config, empty, None)
+        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+    _set_direction(model)
+    model.eval()
+    return model
 
 
 @torch.no_grad()
@@ -326,7 +333,7 @@ def _load_weights(
     shapes = {key: f"{key} {list(stored)} for {list(wanted)}" for key, stored, wanted in info["mismatched_keys"]}
     problems = {
         "missing": [key for key in info["missing_keys"] if key.startswith(inside) and key != _HEAD],
-        "unexpected": [key for key in info["unexpected_keys"] if not _LEFTOVERS.search(key)],
+        "unexpected": [key for key in info["unexpected_keys"] if not LEFTOVERS.search(key)],
         "of another shape": [shape for key, shape in shapes.items() if key.startswith(inside)],
         "FP8 without scale": [key for key, weight in weights.items() if weight.dtype == torch.float8_e4m3fn],
     }
@@ -359,11 +366,17 @@ def _assemble(
     model.load_state_dict(weights, assign=True)
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
+    _set_direction(model)
     tower: Any = model.base_model
-    for layer in tower.layers:
-        layer.self_attn.is_causal = config.to_dict().get("is_causal", True)
     # rotary buffers are in no checkpoint; made anew they are float32, as a bfloat16 frequency turns far positions wrong
     tower.rotary_emb = type(tower.rotary_emb)(config).to(like.device)
     config.dtype = like.dtype
     model.eval()
     return model
+
+
+def _set_direction(model: PreTrainedModel) -> None:
+    """Tells every layer what the config says: attention functions look at either."""
+    tower: Any = model.base_model
+    for layer in tower.layers:
+        layer.self_attn.is_causal = model.config.to_dict().get("is_causal", True)

@@ -16,6 +16,8 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from ostro.checkpoint.auto import fetch_weights
+from ostro.checkpoint.load_encoder import fill_encoder
 from ostro.data.loader import RetrievalLoader
 from ostro.data.retrieval import open_sources
 from ostro.data.retrieval_collate import RetrievalBatch
@@ -24,10 +26,11 @@ from ostro.losses.cached import cached_backward
 from ostro.losses.contrastive import ContrastiveOutput, ContrastiveTargets, LearnedTemperature, contrastive_loss
 from ostro.models.backbone import build_encoder_backbone, empty_encoder_backbone
 from ostro.models.embedder import Embedder
+from ostro.models.folder import check_weights_folder
 from ostro.models.packed import PackedTexts, micro_batches
 from ostro.models.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
-from ostro.parallel.apply import checkpoint_activations, prepare
-from ostro.parallel.mesh import Mesh, build_mesh
+from ostro.parallel.apply import prepare
+from ostro.parallel.mesh import AXES, Mesh, build_mesh
 from ostro.parallel.plans import TEXT_TOWER
 from ostro.train import embed_result, runtime
 from ostro.train.loop import run_steps
@@ -67,8 +70,7 @@ def _run(recipe: EmbedRecipe, folder: Path, ranks: Ranks, console: Console) -> e
     mesh = build_mesh(recipe.parallel, ranks.world_size, runtime.select_device().type)
     checkpoint = find_checkpoint(folder, ranks)
     with ranks.agreed():
-        embedder, tokenizer = build_embedder(recipe, is_resumed=checkpoint is not None)
-        embedder = split_embedder(embedder, mesh)
+        embedder, tokenizer = build_embedder(recipe, mesh, is_resumed=checkpoint is not None)
         trainer = EmbedTrainer(recipe, embedder, open_loader(recipe, tokenizer, mesh), mesh)
     encoder, judges, held_out = embed_result.run_encoder(recipe, embedder, tokenizer), trainer.judges, recipe.evaluate
     with trainer.batches, runtime.stop_on_signal() as stop:
@@ -90,25 +92,37 @@ def _run(recipe: EmbedRecipe, folder: Path, ranks: Ranks, console: Console) -> e
 
 
 def build_embedder(
-    recipe: EmbedRecipe, *, is_resumed: bool = False, device: torch.device | None = None
+    recipe: EmbedRecipe,
+    mesh: Mesh | None = None,
+    *,
+    is_resumed: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[Embedder, TextTokenizer]:
     """The model to train, on its device, and its tokenizer.
 
     Args:
         recipe: The run.
+        mesh: How the ranks are laid out: where they split the model, a rank reads and holds its part alone, in float32
+            with `dp_shard`. None for one process.
         is_resumed: Whether a checkpoint will fill in the weights, so that they are not read.
         device: Where it is; that of the run when None.
 
     Raises:
-        RecipeError: When the model has no part `model.extract_submodel`, or fewer dims than `loss.matryoshka_dims`.
+        RecipeError: When the model has no part `model.extract_submodel`, fewer dims than `loss.matryoshka_dims`, or
+            cannot be cut as the mesh asks.
         LayoutError: When the weights are not of the family, or the tokenizer has ids beyond the vocabulary.
         CheckpointError: When the files cannot be read.
     """
-    options, dims = recipe.model, recipe.loss.matryoshka_dims
+    options, dims, mesh = recipe.model, recipe.loss.matryoshka_dims, mesh or Mesh(dict.fromkeys(AXES, 1))
+    device = device or runtime.select_device()
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
+    is_streamed = is_resumed or mesh.splits_model
+    folder = fetch_weights(options.weights) if is_streamed and not is_resumed else None
+    if folder is not None:
+        check_weights_folder(folder)
     build: Callable[..., PreTrainedModel] = partial(build_encoder_backbone, task="embedding")
-    if is_resumed:
-        build = empty_encoder_backbone
+    if is_streamed:
+        build = empty_encoder_backbone  # gets its weights once it is split
     try:
         backbone = build(
             options.weights, pooling=options.pooling, extract_submodel=options.extract_submodel, dtype=dtype
@@ -119,28 +133,28 @@ def build_embedder(
         raise RecipeError(f"model.{error}") from error
     tokenizer = load_tokenizer(options.weights)
     check_vocabulary(tokenizer, backbone.config.vocab_size)
-    if options.activation_checkpointing:
-        checkpoint_activations(backbone)
     embedder = Embedder(backbone, pooling=options.pooling)
     if dims and dims[0] > embedder.num_dims:
         raise RecipeError(f"loss.matryoshka_dims: must be <= the model's {embedder.num_dims} dims, got {list(dims)}")
-    return embedder.to(device or runtime.select_device()).train(), tokenizer
+    if mesh.fsdp:
+        embedder.float()  # what FSDP splits is its own master weight
+    recomputes = options.activation_checkpointing
+    prepare(backbone, TEXT_TOWER, mesh, activation_checkpointing=recomputes, compute_dtype=dtype)
+    if is_streamed:
+        fill_encoder(backbone, folder, dtype=dtype, device=device)
+    return embedder.to(device).train(), tokenizer
 
 
 def build_whole(recipe: EmbedRecipe) -> Embedder:
-    """The embedder as it is exported where ranks hold it in parts, without its weights: in the memory of the host, as a
-    model that needs splitting may not fit a device."""
+    """What rank 0 gathers a split model in: in the memory of the host, without weights until then, as all are trained.
+
+    Args:
+        recipe: The run.
+
+    Raises:
+        OstroError: As `build_embedder`.
+    """
     return build_embedder(recipe, is_resumed=True, device=torch.device("cpu"))[0]
-
-
-def split_embedder(embedder: Embedder, mesh: Mesh) -> Embedder:
-    """The embedder split over the ranks, computing in the dtype it had; its weights are float32
-    where `dp_shard` splits them. The embedder itself where the mesh does not split it."""
-    if not mesh.splits_model:
-        return embedder
-    dtype = embedder.backbone.dtype
-    prepare(embedder.float().backbone if mesh.fsdp else embedder.backbone, TEXT_TOWER, mesh, compute_dtype=dtype)
-    return embedder
 
 
 def open_loader(recipe: EmbedRecipe, tokenizer: TextTokenizer, mesh: Mesh | None = None) -> RetrievalLoader:
