@@ -111,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # read by OpenMP when torch is imported: waiting threads sleep instead of spinning, which on a shared
     # machine takes the processor from the very thread they wait for (seen: 6 times the CPU seconds)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # read when torch is imported: its warnings of ranks that do not meet are stack traces, on every rank
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logger = logging.getLogger("ostro")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler := logging.StreamHandler(sys.stderr))

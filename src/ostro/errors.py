@@ -52,6 +52,18 @@ def missing_extra(extra: str, package: str) -> OstroError:
     return OstroError(f"{package}: not installed; run: pip install 'ostro[{extra}]'")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of a device or of the host.
+
+    Args:
+        error: Any error.
+    """
+    import torch  # here, as the command names its options without it
+
+    # torch has no class for the host's: DefaultCPUAllocator raises a RuntimeError
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def shorten(keys: Iterable[str]) -> str:
     """Up to ten keys, sorted, and how many more there are, for a message.
 

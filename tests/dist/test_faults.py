@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import errno
 import json
 import math
 import os
@@ -19,13 +21,18 @@ import torch
 import yaml
 
 from ostro.checkpoint.train_state import latest_train_state
-from ostro.train import watch
+from ostro.train import ranks, watch
 from ostro.train.embed import EmbedTrainer
 from tests.helpers import runs
 from tests.helpers.launch import Launch
 from tests.torture import Torture
 
 Act = Callable[[], object]
+
+
+def errors(launch: Launch) -> list[str]:
+    """What all ranks told; a traceback counts."""
+    return [line for line in launch.text().splitlines() if line.startswith(("error: ", "Traceback "))]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +126,26 @@ def test_a_rank_out_of_memory_tells_and_the_others_are_silent(recipe_file: Path,
         assert "Traceback" not in silent + told
 
 
+def too_little_memory(rank: int) -> None:
+    """Rank 1 asks for more than any machine has."""
+
+    def to_empty(module: torch.nn.Module, *, device: object) -> None:
+        torch.empty(2**60)
+
+    if rank == 1:
+        torch.nn.Module.to_empty = to_empty  # type: ignore[assignment]
+
+
+def test_a_model_that_does_not_fit_is_told_once(recipe_file: Path, tmp_path: Path) -> None:
+    words = [str(recipe_file), "parallel.dp_shard=2"]
+    with Launch(words, tmp_path / "logs", before=too_little_memory) as launch:
+        assert launch.wait() == [1, 1]
+        [told] = errors(launch)
+        assert told.startswith("error: model.weights: the model does not fit the memory ([enforce fail")
+        assert told.endswith("; split it over more ranks (parallel.dp_shard, parallel.tp), or set model.dtype=bfloat16")
+        assert told in launch.logs[1].read_text()
+
+
 def spoil(rank: int) -> None:
     original = EmbedTrainer._backward
 
@@ -140,6 +167,29 @@ def test_a_loss_that_is_not_finite_stops_all_with_a_checkpoint(recipe_file: Path
     with Launch([str(recipe_file)], tmp_path / "logs") as launch:
         assert launch.wait() == [0, 0]
     assert len(losses(tmp_path / "run")) == 8
+
+
+def miss(rank: int, *, variable: str, value: str | None) -> None:
+    """Rank 1 comes with another value of a variable, or not at all."""
+    ranks._MEETING = datetime.timedelta(seconds=2)  # type: ignore[misc]
+    if rank == 1 and value is None:
+        os._exit(1)
+    if rank == 1:
+        os.environ[variable] = value or ""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("RANK", None), ("MASTER_PORT", "1"), ("WORLD_SIZE", "3"), ("RANK", "2")]
+)
+def test_ranks_that_do_not_meet_are_told_by_rank_0(
+    recipe_file: Path, tmp_path: Path, variable: str, value: str | None
+) -> None:
+    with Launch([str(recipe_file)], tmp_path / "logs", before=partial(miss, variable=variable, value=value)) as launch:
+        assert launch.wait(30) == [1, 1]
+        [told] = errors(launch)
+        assert told.startswith("error: MASTER_ADDR, MASTER_PORT: the ranks do not meet at 127.0.0.1:")
+        assert told.endswith("and start 2 ranks (WORLD_SIZE), each with its own RANK")
+        assert told in launch.logs[0].read_text()
 
 
 def test_variables_that_are_missing_are_told_by_one_rank(recipe_file: Path, tmp_path: Path) -> None:
@@ -203,6 +253,42 @@ def test_a_full_disk_of_one_rank_is_told_once(
     with Launch([str(recipe_file)], tmp_path / "logs") as launch:
         assert launch.wait() == [0, 0]
     assert len(losses(tmp_path / "run")) == 8
+
+
+def make_read_only(rank: int) -> None:
+    """The disk of the output, which a test's user may write to whatever its mode says."""
+
+    def mkdir(path: Path, *args: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    Path.mkdir = mkdir  # type: ignore[method-assign]
+
+
+def test_a_read_only_disk_is_told_once(recipe_file: Path, tmp_path: Path) -> None:
+    with Launch([str(recipe_file)], tmp_path / "logs", before=make_read_only) as launch:
+        assert launch.wait() == [1, 1]
+        told = f"error: {tmp_path / 'run'}: cannot be written (Read-only file system); choose another `output`"
+        assert errors(launch) == [told]
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("recipe.yaml", "dp_shard=1", "run: cannot be written (No space left on device); choose another `output`"),
+        ("metrics.jsonl", "dp_shard=1", "cannot be written (No space left on device); make room there. Stopped after"),
+        ("metrics.jsonl", "dp_shard=2", "cannot be written (No space left on device); make room there. Stopped after"),
+    ],
+)
+def test_a_disk_that_is_full_for_small_files_is_told_once(
+    recipe_file: Path, tmp_path: Path, name: str, override: str, message: str
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to("/dev/full")
+    with Launch([str(recipe_file), f"parallel.{override}"], tmp_path / "logs") as launch:
+        assert launch.wait(30) == [1, 1]
+        [told] = errors(launch)
+        assert message in told
+        assert told in launch.logs[0].read_text()
 
 
 def test_a_checkpoint_of_another_model_is_told_once(recipe_file: Path, tmp_path: Path) -> None:

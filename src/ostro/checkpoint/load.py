@@ -29,7 +29,7 @@ from ostro.checkpoint.files import is_native, read_json, weight_files
 from ostro.checkpoint.native import config_of_params
 from ostro.checkpoint.positions import stale_rope
 from ostro.checkpoint.reader import Fp8StorageReader
-from ostro.errors import LayoutError, OstroError, shorten
+from ostro.errors import LayoutError, OstroError, is_out_of_memory, shorten
 from ostro.models.folder import PARAMS_NAME
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
 from ostro.models.rope import rebuild_all_rotary
@@ -242,7 +242,7 @@ def read_into(reader: Fp8StorageReader, state: dict[str, Any]) -> None:
             load(state, storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)
     except CheckpointException as error:
         cause = next(cause for cause, _ in error.failures.values())
-        if isinstance(cause, (OstroError, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError)):
+        if isinstance(cause, (OstroError, KeyboardInterrupt, SystemExit)) or is_out_of_memory(cause):
             raise cause from None
         raise
 

@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ostro.errors import CheckpointError, LayoutError, shorten
+from ostro.errors import CheckpointError, LayoutError, is_out_of_memory, shorten
 from ostro.models.folder import check_weights_folder, is_local
 from ostro.models.ministral_bidirectional import Ministral3BidirectionalModel
 from ostro.models.pooling import check_pool_type, pool
@@ -323,9 +323,9 @@ def _load_weights(
         loaded: Any = model_class.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{name}: transformers cannot read the weights: {_one_line(error)}") from error
     model, info = loaded
     weights: dict[str, torch.Tensor] = model.get_submodule(path).state_dict()

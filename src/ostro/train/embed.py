@@ -69,7 +69,7 @@ def run(recipe: EmbedRecipe, *, console: Console) -> embed_result.EmbedResult:
 def _run(recipe: EmbedRecipe, folder: Path, ranks: Ranks, console: Console) -> embed_result.EmbedResult:
     mesh = build_mesh(recipe.parallel, ranks.world_size, runtime.select_device().type)
     checkpoint = find_checkpoint(folder, ranks)
-    with ranks.agreed():
+    with ranks.agreed(), runtime.model_in_memory():
         embedder, tokenizer = build_embedder(recipe, mesh, is_resumed=checkpoint is not None)
         trainer = EmbedTrainer(recipe, embedder, open_loader(recipe, tokenizer, mesh), mesh)
     encoder, judges, held_out = embed_result.run_encoder(recipe, embedder, tokenizer), trainer.judges, recipe.evaluate

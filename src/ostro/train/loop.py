@@ -70,7 +70,8 @@ def run_steps(
                 step, last = trainer.step, trainer.step == num_steps
                 if step % options.log_every == 0 or last:
                     row |= speed.read()
-                    log.row(step, row)
+                    with ranks.agreed():  # rank 0's disk may be full
+                        log.row(step, row)
                     line.show(step, row)
                 if evaluate is not None and (last or _due(step, options.evaluate_every)):
                     is_best = trainer.is_best(trainer.judge(partial(evaluate, step, log, line)))

@@ -16,7 +16,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ostro.errors import missing_extra
+from ostro.errors import OstroError, missing_extra
 from ostro.train.options import TrackOptions
 
 Row = Mapping[str, float]
@@ -47,12 +47,18 @@ class MetricsFile:
         if path.exists() and resumed_step > 0:
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= resumed_step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)  # a row that a full disk refused must not come up again on closing
 
     def log(self, step: int, row: Mapping[str, object]) -> None:
-        """Appends one JSON row and flushes it."""
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        """Appends one JSON row.
+
+        Raises:
+            OstroError: When it cannot be written.
+        """
+        try:
+            self._file.write((json.dumps({"step": step, **row}) + "\n").encode())
+        except OSError as error:
+            raise OstroError(f"{self._file.name}: cannot be written ({error.strerror}); make room there") from error
 
     def close(self) -> None:
         """Closes the file."""

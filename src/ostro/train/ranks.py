@@ -181,7 +181,8 @@ def started_ranks() -> Iterator[Ranks]:
         This process among them: gloo on the CPU, NCCL on CUDA, where it takes the device of its local rank.
 
     Raises:
-        OstroError: When some of the variables are missing or the processes do not find each other.
+        OstroError: When some of the variables are missing or the processes do not find each other in `_MEETING`: on
+            the rank that its variable says is 0, whether or not it is there.
         ToldElsewhere: On the other ranks; also when a rank is gone, see `watch`.
 
     Distributed: waits for all ranks.
@@ -195,7 +196,7 @@ def started_ranks() -> Iterator[Ranks]:
             f"{', '.join(missing)}: not set, while {given[0]} is {os.environ[given[0]]}; start the run with torchrun, "
             f"or set all of {', '.join(_VARIABLES)}, or none for one process"
         )
-        raise OstroError(message) if os.environ.get("RANK", "0") == "0" else ToldElsewhere(message)
+        raise OstroError(message) if _tells() else ToldElsewhere(message)
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -203,13 +204,27 @@ def started_ranks() -> Iterator[Ranks]:
         store, rank, world_size = next(rendezvous("env://", timeout=_MEETING))
         # torchrun keeps its store when it starts the ranks again, with the addresses of those that are gone
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+        # a backend would wait for hours for a rank that is not there, or that counts another number of them
+        store.set(f"rank {rank} of {world_size}", "")
+        store.wait([f"rank {other} of {world_size}" for other in range(world_size)], _MEETING)
         backend = "nccl" if has_cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     except (ValueError, RuntimeError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise OstroError(f"MASTER_ADDR, MASTER_PORT: the ranks do not meet at {place} ({error})") from error
+        place, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).partition("\n")[0]
+        message = (
+            f"MASTER_ADDR, MASTER_PORT: the ranks do not meet at {place} ({reason}); set them alike on all ranks, to "
+            f"the machine of rank 0 and a free port there, and start {os.environ['WORLD_SIZE']} ranks (WORLD_SIZE), "
+            "each with its own RANK"
+        )
+        raise (OstroError(message) if _tells() else ToldElsewhere(message)) from error
     try:
         with watched(dist.get_rank(), dist.get_world_size()):
             yield Ranks.current()
     finally:
         dist.destroy_process_group()
+
+
+def _tells() -> bool:
+    """Whether this process is the one to tell what went wrong before the ranks have met: rank 0, by its variable."""
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdecimal() or int(rank) == 0

@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from ostro.config import dump_recipe
-from ostro.errors import DataError, OstroError, RecipeError, ToldElsewhere
+from ostro.errors import DataError, OstroError, RecipeError, ToldElsewhere, is_out_of_memory
 from ostro.parallel.mesh import axis_sizes, data_rank
 from ostro.train.ranks import Ranks
 from ostro.train.recipe import EmbedRecipe, VlmRecipe
@@ -80,6 +80,25 @@ def out_of_memory(cause: torch.OutOfMemoryError) -> OstroError:
     """The error of a step that did not fit, by the key to change."""
     first_line = str(cause).splitlines()[0]
     return OstroError(f"data.micro_batch_tokens: too large for the memory ({first_line}); lower it")
+
+
+@contextmanager
+def model_in_memory() -> Iterator[None]:
+    """A block that makes the model and what trains it.
+
+    Raises:
+        OstroError: When memory runs out in it, with what to do.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error) or type(error).__name__).partition("\n")[0]
+        raise OstroError(
+            f"model.weights: the model does not fit the memory ({reason}); split it over more ranks "
+            "(parallel.dp_shard, parallel.tp), or set model.dtype=bfloat16"
+        ) from error
 
 
 @dataclass

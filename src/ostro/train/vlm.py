@@ -70,7 +70,7 @@ def run(recipe: VlmRecipe, *, console: Console) -> vlm_result.VlmResult:
 def _run(recipe: VlmRecipe, folder: Path, ranks: Ranks, console: Console) -> vlm_result.VlmResult:
     mesh = build_mesh(recipe.parallel, ranks.world_size, runtime.select_device().type)
     checkpoint = find_checkpoint(folder, ranks)
-    with ranks.agreed():
+    with ranks.agreed(), runtime.model_in_memory():
         model, encoder = build_model(recipe, mesh, is_resumed=checkpoint is not None)
         trainer = VlmTrainer(recipe, model, open_loader(recipe, encoder, mesh), mesh)
     judges, held_out = trainer.judges, recipe.evaluate
