@@ -59,7 +59,8 @@ def load_vlm(
         path: Folder in the nested, identity or native layout, FP8 or not.
         mesh: Ranks to split the parameters over, 1-D: `Shard(0)` of every parameter. None is one process, or whatever
             `shard` does.
-        dtype: Of the parameters: bfloat16, float32 or float16. Rotary frequencies are float32 in any case.
+        dtype: Of the parameters: bfloat16, float32 or float16; what their values are rounded to where `shard` gives
+            them a wider type. Rotary frequencies are float32 in any case.
         device: Where the parameters go; the mesh's device, else the CPU, when None.
         shard: Applied to the model on the meta device in place of the default for `mesh`. It may take out parts, whose
             weights are then not read.

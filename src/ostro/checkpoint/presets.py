@@ -5,6 +5,7 @@ It knows no tensors and imports no torch, so that a command line can list the na
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -136,9 +137,11 @@ def model_config(size: str, *, vocab_size: int, tie_word_embeddings: bool) -> di
     """
     shapes = SIZES[size]
     text = {**_TEXT, **shapes["text"], "tie_word_embeddings": tie_word_embeddings, "vocab_size": vocab_size}
-    return {
+    config = {
         **_OUTER,
         "text_config": text,
         "tie_word_embeddings": tie_word_embeddings,
         "vision_config": {**_VISION, **shapes["vision"]},
     }
+    # deep: transformers writes to the rope_parameters of a configuration it is given
+    return copy.deepcopy(config)

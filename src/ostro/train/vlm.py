@@ -119,10 +119,8 @@ def build_model(
     folder = fetch_weights(options.weights)
     device = device or runtime.select_device()
     skip = (lambda name: part_of(name) not in options.freeze) if is_resumed else None
-    # what FSDP splits is its own master weight
-    stored = torch.float32 if fsdp else dtype
     shard = partial(_keep_own, recipe=recipe, mesh=mesh)
-    model = load_vlm(folder, dtype=stored, device=device, shard=shard, skip=skip)
+    model = load_vlm(folder, dtype=dtype, device=device, shard=shard, skip=skip)
     encoder = open_conversation_encoder(
         folder, model.config, max_tokens=recipe.data.max_tokens, too_long=recipe.data.too_long
     )
@@ -151,6 +149,8 @@ def _keep_own(model: Mistral3FP8VLMForConditionalGeneration, recipe: VlmRecipe, 
     if stages := own_stages(model.config, mesh.group("pp"), recipe.parallel.stages_per_rank):
         keep_stages(model, stages)
         plan = plan_of_stages(plan, stages)
+    if mesh.fsdp:
+        model.float()  # what FSDP splits is its own master weight
     prepare(
         model,
         plan,
