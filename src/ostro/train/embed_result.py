@@ -78,7 +78,7 @@ def run_encoder(recipe: EmbedRecipe, embedder: Embedder, tokenizer: TextTokenize
 def evaluate_untrained(recipe: EmbedRecipe, encoder: Encoder, judges: Judges, log: RunLog, line: LiveLine) -> None:
     """Scores the model before its first step, on both held-out sets; `judges` share the texts."""
     if recipe.evaluate is not None:
-        log.evaluation(0, recipe.evaluate.split, search(recipe.evaluate, encoder, judges).metrics)
+        _search_and_log(recipe.evaluate, encoder, judges, 0, log)
     if recipe.test is not None:
         report = search(recipe.test, encoder, judges)
         text = json.dumps(dict(report.metrics)) + "\n"
@@ -90,10 +90,18 @@ def evaluate_during(
     options: EvaluateOptions, encoder: Encoder, judges: Judges, step: int, log: RunLog, line: LiveLine
 ) -> float:
     """Scores the model after `step` steps, and gives the first metric; `judges` share the texts."""
-    report = search(options, encoder, judges)
-    log.evaluation(step, options.split, report.metrics)
+    report = _search_and_log(options, encoder, judges, step, log)
     line.say(f"step {step}  {options.split}  {_one_line(report.metrics)}")
     return next(iter(report.metrics.values()))
+
+
+def _search_and_log(
+    options: EvaluateOptions, encoder: Encoder, judges: Judges, step: int, log: RunLog
+) -> RetrievalReport:
+    report = search(options, encoder, judges)
+    with judges.ranks.agreed():  # rank 0's disk may be full
+        log.evaluation(step, options.split, report.metrics)
+    return report
 
 
 def finish(

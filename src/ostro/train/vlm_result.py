@@ -106,7 +106,8 @@ def _evaluate_and_log(options: AnswerOptions, chat: Chat, judges: Judges, step: 
     report = evaluate_answers(chat, conversations, options, judges)
     assert report.loss is not None  # a model's, not a baseline's
     metrics = {**report.metrics, "loss": report.loss}
-    log.evaluation(step, "held out", metrics)
+    with judges.ranks.agreed():  # rank 0's disk may be full
+        log.evaluation(step, "held out", metrics)
     return metrics
 
 
