@@ -21,7 +21,8 @@ import torch
 import yaml
 
 from ostro.checkpoint.train_state import latest_train_state
-from ostro.train import ranks, watch
+from ostro.errors import OstroError
+from ostro.train import metrics, ranks, watch
 from ostro.train.embed import EmbedTrainer
 from tests.helpers import runs
 from tests.helpers.launch import Launch
@@ -289,6 +290,28 @@ def test_a_disk_that_is_full_for_small_files_is_told_once(
         [told] = errors(launch)
         assert message in told
         assert told in launch.logs[0].read_text()
+
+
+def refuse_scores(rank: int) -> None:
+    """The scores after step 3 find no room any more."""
+    original = metrics.MetricsFile.log
+
+    def log(file: metrics.MetricsFile, step: int, row: Any) -> None:
+        if step == 3 and "evaluation" in row:
+            raise OstroError("metrics.jsonl: cannot be written (No space left on device)")
+        original(file, step, row)
+
+    if rank == 0:  # what the others log goes nowhere
+        metrics.MetricsFile.log = log  # type: ignore[method-assign]
+
+
+def test_scores_that_find_no_room_stop_all_with_a_checkpoint(inputs: Path, tmp_path: Path) -> None:
+    recipe = runs.recipe(inputs, tmp_path / "run").model_dump(mode="json", exclude_unset=True)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "test": None}))
+    with Launch([str(tmp_path / "recipe.yaml")], tmp_path / "logs", before=refuse_scores) as launch:
+        assert launch.wait(30) == [1, 1]
+        [told] = errors(launch)
+        assert "No space left on device). Stopped after step 3 of 6 and saved" in told
 
 
 def test_a_checkpoint_of_another_model_is_told_once(recipe_file: Path, tmp_path: Path) -> None:

@@ -369,5 +369,3 @@ def test_what_a_pipeline_cannot_do_is_told(ranks: RankPool, inputs: Path, tmp_pa
     told, *silent = ranks.run(_run, _laid_out(recipe, **INTERLEAVED), None)
     assert told.startswith("RecipeError: parallel.stages_per_rank: must be at most 1, as parallel.pp=2 shares the mo")
     assert set(silent) == {"ToldElsewhere: rank 0 failed and tells why"}
-    with pytest.raises(ValueError, match=r"parallel\.pp: must be 1 for an embedder, got 2; use parallel\.dp_shard"):
-        embed_runs.recipe(inputs, tmp_path, parallel={"pp": 2})

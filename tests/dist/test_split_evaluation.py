@@ -62,7 +62,7 @@ def _search(
     return rows, found, SharedEncoder(encoder, trainer.judges).encode_document(TEXTS)
 
 
-@pytest.mark.parametrize("sizes", [{"dp_shard": 2}, {"tp": 2}, {"dp_shard": 2, "tp": 2}])
+@pytest.mark.parametrize("sizes", [{"dp_shard": 2}, {"tp": 2}, {"dp_shard": 2, "tp": 2}, {"pp": 2, "dp_shard": 2}])
 def test_a_search_is_that_of_one_process(
     ranks: RankPool, inputs: Path, tmp_path: Path, sizes: dict[str, int]
 ) -> None:

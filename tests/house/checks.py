@@ -7,7 +7,9 @@ in `test_code.py` and shown to catch offenders in `test_checks.py`.
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 
 MAX_FILE_LINES = 400
@@ -34,6 +36,17 @@ def long_functions(text: str) -> list[str]:
         if num_lines > MAX_FUNCTION_LINES:
             found.append(f"{function.lineno}: {function.name} has {num_lines} lines, at most {MAX_FUNCTION_LINES}")
     return found
+
+
+def code_lines(text: str) -> int:
+    """Lines with code: without docstrings, comments and blank lines."""
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in layout]
+    code = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            code -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(code)
 
 
 def many_parameters(text: str) -> list[str]:

@@ -1,6 +1,6 @@
 """The public way to a vision-language model: `AutoModelForImageTextToText.from_pretrained(path)`.
 
-Loading itself is in `load`; this fetches what is not here yet.
+Loading itself is in `load`.
 """
 
 from __future__ import annotations
@@ -8,37 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch.distributed.device_mesh import DeviceMesh
 
+from ostro.checkpoint.fetch import fetch_weights
 from ostro.checkpoint.load import load_vlm
-from ostro.errors import CheckpointError
-from ostro.models.folder import is_local
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
-
-# Weights that a repository holds a second time, under Mistral's own names, are not fetched.
-_FILES = ("*.json", "model*.safetensors")
-
-
-def fetch_weights(path: str | Path) -> Path:
-    """The folder of a model: the one given, or the files of a hub repository in the cache of the hub's library.
-
-    Args:
-        path: Weights folder, or hub id such as `organisation/name`.
-
-    Raises:
-        CheckpointError: When it is not there, here or on the hub.
-        LayoutError: When it is a file.
-    """
-    if is_local(str(path)):
-        return Path(path)
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise CheckpointError(
-            f"{path}: neither a folder here nor a model that can be had from the hub ({str(error).splitlines()[0]})"
-        ) from error
 
 
 class AutoModelForImageTextToText:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from ostro.checkpoint.files import read_json
-from ostro.checkpoint.load import read_into
+from ostro.checkpoint.fill import read_into
 from ostro.checkpoint.quantization import quantization_config
 from ostro.checkpoint.reader import Fp8StorageReader
 from ostro.checkpoint.shards import Piece, replace_folder, write_shards

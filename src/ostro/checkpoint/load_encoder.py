@@ -9,13 +9,14 @@ stored.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from transformers import Mistral3Config, PreTrainedModel
 
 from ostro.checkpoint.files import read_json
-from ostro.checkpoint.load import check_fit, read_into
+from ostro.checkpoint.fill import check_fit, read_into
 from ostro.checkpoint.reader import Fp8StorageReader
 from ostro.errors import LayoutError, shorten
 from ostro.models.backbone import LEFTOVERS
@@ -27,14 +28,22 @@ logger = logging.getLogger(__name__)
 _TOWER = "model.language_model."
 
 
-def fill_encoder(tower: PreTrainedModel, folder: Path | None, *, dtype: torch.dtype, device: torch.device) -> None:
+def fill_encoder(
+    tower: PreTrainedModel,
+    folder: Path | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
     """Gives a text tower on the meta device its storage, and its weights the values of a folder.
 
     The values are those of `build_encoder_backbone(folder, "embedding", dtype=dtype)`.
 
     Args:
-        tower: Split or not; its weights are of `dtype` or a wider type.
+        tower: Split or not, or a stage of it; its weights are of `dtype` or a wider type.
         folder: One that `check_weights_folder` has passed; None leaves the weights as whatever was in memory.
+        shapes: Of the weights of the whole tower, by name.
         dtype: What values are rounded to.
         device: Where the tower goes.
 
@@ -44,7 +53,7 @@ def fill_encoder(tower: PreTrainedModel, folder: Path | None, *, dtype: torch.dt
 
     Distributed: no collectives. Every rank reads all headers and scales, and of the weights the rows it owns.
     """
-    reader = None if folder is None else _open(folder, tower, dtype)
+    reader = None if folder is None else _open(folder, shapes, dtype)
     tower.to_empty(device=device)
     if reader is not None:
         read_into(reader, {BARE.to_runtime(name): weight for name, weight in tower.state_dict().items()})
@@ -52,7 +61,7 @@ def fill_encoder(tower: PreTrainedModel, folder: Path | None, *, dtype: torch.dt
     rebuild_all_rotary(tower)
 
 
-def _open(folder: Path, tower: PreTrainedModel, dtype: torch.dtype) -> Fp8StorageReader:
+def _open(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Fp8StorageReader:
     """Compares names and shapes of files and tower, before any storage is made."""
     fields = read_json(folder / "config.json")
     is_quantized = fields.get("quantization_config") is not None
@@ -70,6 +79,6 @@ def _open(folder: Path, tower: PreTrainedModel, dtype: torch.dtype) -> Fp8Storag
         for name, key in reader.keys.weights.items()
         if not LEFTOVERS.search(key) and (name.startswith(_TOWER) or not is_vlm)
     ]
-    wanted = {BARE.to_runtime(name): tuple(weight.shape) for name, weight in tower.state_dict().items()}
+    wanted = {BARE.to_runtime(name): shape for name, shape in shapes.items()}
     check_fit(source, reader, wanted, found)
     return reader

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import torch
 from transformers import GenerationConfig, Mistral3Config
 
-from ostro.checkpoint.auto import fetch_weights
+from ostro.checkpoint.fetch import fetch_weights
 from ostro.checkpoint.load import load_vlm
 from ostro.data.conversation import Message
 from ostro.data.conversation_collate import collate

@@ -145,7 +145,8 @@ class Ministral3BidirectionalModel(Ministral3Model):
             make_mask = create_bidirectional_sliding_window_mask if windowed else create_bidirectional_mask
             mask = make_mask(self.config, hidden_states, attention_mask, past_key_values=past_key_values)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
-        for layer in self.layers:
+        # a slice, as in transformers: that of a pipeline stage has its layers alone
+        for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,

@@ -116,7 +116,28 @@ def fill_up(packed: PackedTexts) -> PackedTexts:
     Args:
         packed: Texts for a model that computes in low precision on the CPU; see `cpu_linear.round_rows`.
     """
-    missing = round_rows(packed.num_tokens) - packed.num_tokens
+    return fill_to(packed, round_rows(packed.num_tokens))
+
+
+def packed_rows(num_tokens: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Rows that T tokens have on their way through a model that computes in `dtype`, see `fill_up`.
+
+    Args:
+        num_tokens: T.
+        device: Of the model.
+        dtype: What it computes in.
+    """
+    return round_rows(num_tokens) if device.type == "cpu" and dtype != torch.float32 else num_tokens
+
+
+def fill_to(packed: PackedTexts, num_tokens: int) -> PackedTexts:
+    """The texts and, where some are missing, one more that fills them up to so many tokens.
+
+    Args:
+        packed: Texts.
+        num_tokens: At least theirs.
+    """
+    missing = num_tokens - packed.num_tokens
     if not missing:
         return packed
     return PackedTexts(F.pad(packed.input_ids, (0, missing)), (*packed.lengths, missing))
@@ -181,7 +202,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(PACKED_ATTENTION)
 
 
-def forward_packed(model: PreTrainedModel, packed: PackedTexts) -> torch.Tensor:
+def forward_packed(model: PreTrainedModel, packed: PackedTexts, received: torch.Tensor | None = None) -> torch.Tensor:
     """Runs a text tower on packed texts.
 
     Equal to a padded forward with the padded rows removed.
@@ -189,12 +210,14 @@ def forward_packed(model: PreTrainedModel, packed: PackedTexts) -> torch.Tensor:
     Args:
         model: A tower prepared with `use_packed_attention`.
         packed: The texts, on the model's device.
+        received: `[1, T, H]` hidden states of the stage before, in place of the tokens.
 
     Returns:
         Last hidden states `[T, H]`.
     """
     output = model(
-        input_ids=packed.input_ids[None],
+        input_ids=packed.input_ids[None] if received is None else None,
+        inputs_embeds=received,
         attention_mask=PACKED_MASK,
         position_ids=packed.position_ids()[None],
         use_cache=False,

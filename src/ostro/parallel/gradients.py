@@ -36,11 +36,22 @@ def reduce_gradients(weights: Iterable[torch.Tensor], mesh: Mesh) -> None:
     if tp is None:
         return
     # the same number on each rank but for kernels that add in any order: the mean keeps the copies the same to the bit
-    held_whole = [w for w in weights if "tp" not in _axes(w)]
-    sum_gradients(held_whole, tp)
-    for weight in held_whole:
+    average_gradients([w for w in weights if "tp" not in _axes(w)], tp)
+
+
+def average_gradients(weights: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Replaces the gradients of weights that several ranks hold whole by their mean.
+
+    Args:
+        weights: The same on all ranks, in the same order.
+        group: The ranks.
+
+    Distributed: as `sum_gradients`.
+    """
+    sum_gradients(weights, group)
+    for weight in weights:
         if weight.grad is not None:
-            weight.grad.div_(tp.size())
+            weight.grad.div_(group.size())
 
 
 def gradient_norm(gradients: Sequence[torch.Tensor], mesh: Mesh | None) -> torch.Tensor:

@@ -19,7 +19,7 @@ class ParallelOptions(Options):
     tp: int = pydantic.Field(1, ge=1)
     """Ranks that split every text layer, embedding and head, and see the same samples."""
     pp: int = pydantic.Field(1, ge=1)
-    """Ranks that hold consecutive layers of a vision-language model; 1 for an embedder."""
+    """Ranks that hold consecutive layers, and see the same samples."""
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
     """Order of a pipeline's micro-batches: `gpipe` holds the most activations, `interleaved` idles least."""
     stages_per_rank: int = pydantic.Field(1, ge=1)

@@ -1,4 +1,4 @@
-"""A vision-language model cut into stages of consecutive layers, one or more per rank, and a step through all of them.
+"""A model cut into stages of consecutive layers, one or more per rank, and a step through all of them.
 
 What a stage computes on a batch is left to the caller, the order of the micro-batches to torch's schedules. The idea:
 a rank has the whole model object with the parts of the others taken out, so that names of weights are the same on
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,9 +31,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
-from transformers import Mistral3Config
+from transformers import Mistral3Config, PreTrainedConfig, PreTrainedModel
 
-from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
 from ostro.parallel.plans import Plan
 
 logger = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ class Stage:
         index: From 0, which takes the tokens in and has the vision side and the embeddings.
         num_stages: Of the pipeline.
         layers: Text layers that it owns.
-        is_tied: Whether the head of the model is its embedding, so that the last stage holds the embedding too.
+        is_tied: Whether the model has a head, which is its embedding, so that the last stage holds the embedding too.
     """
 
     index: int
@@ -66,7 +65,7 @@ class Stage:
 
     @property
     def is_last(self) -> bool:
-        """Whether it has the last norm and the head."""
+        """Whether it has the last norm, and the head where there is one."""
         return self.index == self.num_stages - 1
 
     @property
@@ -75,35 +74,44 @@ class Stage:
         return self.is_first or (self.is_last and self.is_tied)
 
 
-def plan_stages(config: Mistral3Config, num_stages: int) -> tuple[Stage, ...]:
+def plan_stages(config: PreTrainedConfig, num_stages: int) -> tuple[Stage, ...]:
     """Where the layers are cut so that the stages have about the same work.
 
     The work of a part is taken to be the weights of its linear layers; an embedding is looked up and has none. The
     vision side counts for the first stage, the head for the last.
 
     Args:
-        config: Of the whole model.
+        config: Of the whole model: a vision-language model, or a text tower, which has neither side nor head.
         num_stages: 1 to the number of text layers.
     """
-    text: Any = config.text_config
-    vision: Any = config.vision_config
-    width, num_layers = text.hidden_size, text.num_hidden_layers
-    heads = 2 * text.num_attention_heads + 2 * text.num_key_value_heads
-    per_layer = width * (heads * text.head_dim + 3 * text.intermediate_size)
-    side = vision.hidden_size
-    tower = vision.num_hidden_layers * side * (4 * side + 3 * vision.intermediate_size)
-    projector = (config.spatial_merge_size * side) ** 2 + side * width + width**2
-    before, after = (tower + projector) / per_layer, text.vocab_size * width / per_layer
+    text: Any = config.get_text_config()
+    num_layers, (before, after) = text.num_hidden_layers, _ends_in_layers(config)
     share = (before + num_layers + after) / num_stages
     cuts = [int(share * index - before + 0.5) for index in range(1, num_stages)]
     # at least one layer for each stage before a cut, and for each after it
     cuts = [min(max(cut, index), num_layers - num_stages + index) for index, cut in enumerate(cuts, 1)]
     ranges = itertools.starmap(range, itertools.pairwise((0, *cuts, num_layers)))
-    is_tied = bool(config.tie_word_embeddings)
+    is_tied = isinstance(config, Mistral3Config) and bool(config.tie_word_embeddings)
     return tuple(Stage(index, num_stages, owned, is_tied) for index, owned in enumerate(ranges))
 
 
-def own_stages(config: Mistral3Config, group: dist.ProcessGroup | None, stages_per_rank: int = 1) -> tuple[Stage, ...]:
+def _ends_in_layers(config: PreTrainedConfig) -> tuple[float, float]:
+    """The work before and after the text layers, that of a layer being 1."""
+    if not isinstance(config, Mistral3Config):
+        return 0.0, 0.0
+    text: Any = config.text_config
+    vision: Any = config.vision_config
+    heads = 2 * text.num_attention_heads + 2 * text.num_key_value_heads
+    width, side = text.hidden_size, vision.hidden_size
+    per_layer = width * (heads * text.head_dim + 3 * text.intermediate_size)
+    tower = vision.num_hidden_layers * side * (4 * side + 3 * vision.intermediate_size)
+    projector = (config.spatial_merge_size * side) ** 2 + side * width + width**2
+    return (tower + projector) / per_layer, text.vocab_size * width / per_layer
+
+
+def own_stages(
+    config: PreTrainedConfig, group: dist.ProcessGroup | None, stages_per_rank: int = 1
+) -> tuple[Stage, ...]:
     """The stages of this rank, first to last.
 
     Args:
@@ -133,7 +141,7 @@ def fitting_number(num_micro_batches: int, *, num_ranks: int, schedule: str) -> 
     return number
 
 
-def keep_stages(model: Mistral3FP8VLMForConditionalGeneration, stages: Sequence[Stage]) -> None:
+def keep_stages(model: PreTrainedModel, stages: Sequence[Stage]) -> None:
     """Takes out of a model what other ranks own. Its stages can then run, see `running`.
 
     The last stage of a model whose head is the embedding keeps both, as one weight under the embedding's name: its
@@ -143,42 +151,55 @@ def keep_stages(model: Mistral3FP8VLMForConditionalGeneration, stages: Sequence[
         model: Whole, on any device, also the meta device; changed in place.
         stages: The parts to keep.
     """
-    inner: Any = model.model
-    text: Any = inner.language_model
+    text = _text_tower(model)
     owned = {number for stage in stages for number in stage.layers}
     layers = (layer if number in owned else torch.nn.Identity() for number, layer in enumerate(text.layers))
     text.layers = _OwnLayers(layers, stages[0].layers)
-    if not stages[0].is_first:
-        inner.vision_tower = inner.multi_modal_projector = None
+    if text is not model and not stages[0].is_first:
+        model.model.vision_tower = model.model.multi_modal_projector = None
     if not any(stage.has_embedding for stage in stages):
         text.embed_tokens = None
     if not stages[-1].is_last:
-        text.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
+        _replace(model, dict.fromkeys(_ends(model), torch.nn.Identity()))
     for stage in stages:
         shown = f"layers {stage.layers.start} to {stage.layers.stop - 1}"
         logger.info("pipeline stage %d of %d: %s", stage.index + 1, stage.num_stages, shown)
 
 
 @contextmanager
-def running(model: Mistral3FP8VLMForConditionalGeneration, stage: Stage) -> Iterator[None]:
+def running(model: PreTrainedModel, stage: Stage) -> Iterator[None]:
     """Lets the model be one of the stages that it holds while the block lasts.
 
     The first stage takes tokens and images, another `inputs_embeds`, the hidden states of the one before; the last
-    gives logits, another hidden states in their place.
+    gives what the model gives, another hidden states in its place.
 
     Args:
         model: What is left of it by `keep_stages`.
         stage: One of those kept.
     """
-    text: Any = model.model.language_model
-    ends = text.norm, model.lm_head
-    text.layers.running = stage.layers
+    ends = {name: model.get_submodule(name) for name in _ends(model)}
+    _text_tower(model).layers.running = stage.layers
     if not stage.is_last:
-        text.norm, model.lm_head = torch.nn.Identity(), torch.nn.Identity()
+        _replace(model, dict.fromkeys(ends, torch.nn.Identity()))
     try:
         yield
     finally:
-        text.norm, model.lm_head = ends
+        _replace(model, ends)
+
+
+def _text_tower(model: PreTrainedModel) -> Any:
+    """The module with the text layers: a part of a vision-language model, else the model."""
+    return model.model.language_model if isinstance(model.config, Mistral3Config) else model
+
+
+def _ends(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of what comes after the layers."""
+    return ("model.language_model.norm", "lm_head") if isinstance(model.config, Mistral3Config) else ("norm",)
+
+
+def _replace(model: PreTrainedModel, modules: Mapping[str, torch.nn.Module]) -> None:
+    for name, module in modules.items():
+        model.set_submodule(name, module)
 
 
 def plan_of_stages(plan: Plan, stages: Sequence[Stage]) -> Plan:
@@ -198,7 +219,7 @@ Compute = Callable[[Stage, Batch, torch.Tensor | None], torch.Tensor]
 
 
 def run_stages(
-    model: Mistral3FP8VLMForConditionalGeneration,
+    model: PreTrainedModel,
     stages: Sequence[Stage],
     compute: Compute[Batch],
     batches: Sequence[Batch],
@@ -258,14 +279,14 @@ def run_stages(
 
 @torch.no_grad()
 def pass_through(
-    model: Mistral3FP8VLMForConditionalGeneration,
+    model: PreTrainedModel,
     stages: Sequence[Stage],
     compute: Callable[[Stage, torch.Tensor | None], torch.Tensor],
     states: torch.Tensor,
     *,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """A forward pass of one batch through this rank's stages, each after the one before it.
+    """A forward pass of one batch through this rank's stages, each after the one before it, without gradients.
 
     Args:
         model: What is left of it by `keep_stages`.
@@ -284,9 +305,25 @@ def pass_through(
         if not stage.is_first:
             dist.recv(states, group=group, group_src=(stage.index - 1) % group.size())
         with running(model, stage):
-            output = compute(stage, None if stage.is_first else states)
+            output = compute(stage, None if stage.is_first else states).contiguous()
         if not stage.is_last:
-            dist.send(output.contiguous(), group=group, group_dst=(stage.index + 1) % group.size())
+            dist.send(output, group=group, group_dst=(stage.index + 1) % group.size())
+    return output
+
+
+def share_last(output: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """What the last rank of a pipeline has, on all its ranks.
+
+    Args:
+        output: Contiguous; on the last rank the value, on the others a tensor of its shape and dtype, which is written.
+        group: The ranks of the pipeline, in the order of their first stages.
+
+    Returns:
+        `output`.
+
+    Distributed: one broadcast.
+    """
+    dist.broadcast(output, group=group, group_src=group.size() - 1)
     return output
 
 
@@ -295,7 +332,7 @@ class _StageModule(torch.nn.Module):
 
     def __init__(
         self,
-        model: Mistral3FP8VLMForConditionalGeneration,
+        model: PreTrainedModel,
         stage: Stage,
         compute: Compute[Batch],
         batches: Sequence[Batch],

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from ostro.checkpoint.auto import fetch_weights
+from ostro.checkpoint.fetch import fetch_weights
 from ostro.checkpoint.load_encoder import fill_encoder
 from ostro.data.loader import RetrievalLoader
 from ostro.data.retrieval import open_sources
@@ -27,11 +27,13 @@ from ostro.losses.contrastive import ContrastiveOutput, ContrastiveTargets, Lear
 from ostro.models.backbone import build_encoder_backbone, empty_encoder_backbone
 from ostro.models.embedder import Embedder
 from ostro.models.folder import check_weights_folder
-from ostro.models.packed import PackedTexts, micro_batches
+from ostro.models.packed import PackedTexts, even_micro_batches, micro_batches
 from ostro.models.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
 from ostro.parallel.apply import prepare
-from ostro.parallel.mesh import AXES, Mesh, build_mesh
+from ostro.parallel.mesh import AXES, Mesh, build_mesh, check_fits
+from ostro.parallel.pipeline import fitting_number, own_stages, plan_of_stages
 from ostro.parallel.plans import TEXT_TOWER
+from ostro.parallel.staged_embedder import StagedEmbedder
 from ostro.train import embed_result, runtime
 from ostro.train.loop import run_steps
 from ostro.train.ranks import Ranks
@@ -133,15 +135,24 @@ def build_embedder(
         raise RecipeError(f"model.{error}") from error
     tokenizer = load_tokenizer(options.weights)
     check_vocabulary(tokenizer, backbone.config.vocab_size)
-    embedder = Embedder(backbone, pooling=options.pooling)
+    check_fits(mesh.sizes, backbone.config, recipe.parallel.stages_per_rank)
+    # names and shapes of all of it, which are those of the folder
+    shapes = {name: tuple(weight.shape) for name, weight in backbone.state_dict().items()}
+    pipeline, plan = mesh.group("pp"), TEXT_TOWER
+    if pipeline is None:
+        embedder = Embedder(backbone, pooling=options.pooling)
+    else:
+        stages = own_stages(backbone.config, pipeline, recipe.parallel.stages_per_rank)
+        embedder = StagedEmbedder(backbone, stages, pipeline, pooling=options.pooling, dtype=dtype)
+        plan = plan_of_stages(plan, stages)
     if dims and dims[0] > embedder.num_dims:
         raise RecipeError(f"loss.matryoshka_dims: must be <= the model's {embedder.num_dims} dims, got {list(dims)}")
     if mesh.fsdp:
         embedder.float()  # what FSDP splits is its own master weight
     recomputes = options.activation_checkpointing
-    prepare(backbone, TEXT_TOWER, mesh, activation_checkpointing=recomputes, compute_dtype=dtype)
+    prepare(backbone, plan, mesh, activation_checkpointing=recomputes, compute_dtype=dtype)
     if is_streamed:
-        fill_encoder(backbone, folder, dtype=dtype, device=device)
+        fill_encoder(backbone, folder, shapes, dtype=dtype, device=device)
     return embedder.to(device).train(), tokenizer
 
 
@@ -229,11 +240,12 @@ class EmbedTrainer(Trainer):
         recipe, device = self.recipe, self._embedder.device
         # a rank without a query in a short batch still takes part in the gathers, with one text that counts for nothing
         token_ids = batch.token_ids or ([0],)
-        groups = micro_batches([len(ids) for ids in token_ids], recipe.data.micro_batch_tokens)
-        if self.mesh.sizes["dp_shard"] > 1:  # such a text makes up for a micro-batch that only other ranks have, too
-            for _ in range(self.data.maximum(len(groups)) - len(groups)):
-                groups.append([len(token_ids)])
-                token_ids = (*token_ids, [0])
+        groups = self._micro_batches([len(ids) for ids in token_ids])
+        num_groups = self.data.maximum(len(groups)) if self.mesh.sizes["dp_shard"] > 1 else len(groups)
+        # such a text makes up for a micro-batch that only other ranks have, or that a pipeline needs, too
+        for _ in range(self._fitting(num_groups) - len(groups)):
+            groups.append([len(token_ids)])
+            token_ids = (*token_ids, [0])
         packed = [PackedTexts.from_token_ids([token_ids[row] for row in rows]) for rows in groups]
         targets = ContrastiveTargets(
             batch.positives.to(device), batch.document_ids.to(device), batch.known_positive_ids.to(device)
@@ -252,7 +264,25 @@ class EmbedTrainer(Trainer):
             )
             return dataclasses.replace(output, loss=output.loss / recipe.train.accumulation_steps)
 
-        return cached_backward(self._embedder, packed, groups, loss_of)
+        embedder = self._embedder
+        if not isinstance(embedder, StagedEmbedder):
+            return cached_backward(embedder, packed, groups, loss_of)
+        replay = partial(embedder.backward, packed, schedule=recipe.parallel.schedule)
+        return cached_backward(
+            embedder.encode, packed, groups, lambda vectors: loss_of(embedder.share(vectors)), replay=replay
+        )
+
+    def _micro_batches(self, lengths: list[int]) -> list[list[int]]:
+        """Which texts go through the model together: of about the same number of tokens in a pipeline."""
+        budget = self.recipe.data.micro_batch_tokens
+        if self.recipe.parallel.pp == 1:
+            return micro_batches(lengths, budget)
+        needed = len(even_micro_batches(lengths, budget, 1))
+        return even_micro_batches(lengths, budget, self._fitting(needed))
+
+    def _fitting(self, num_micro_batches: int) -> int:
+        options = self.recipe.parallel
+        return fitting_number(num_micro_batches, num_ranks=options.pp, schedule=options.schedule)
 
 
 def _steps_of_epochs(recipe: EmbedRecipe, loader: RetrievalLoader) -> int:

@@ -8,14 +8,12 @@ samples runs along on a blank one; along a pipeline a batch is passed from stage
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
-from ostro.parallel.pipeline import Stage, pass_through
+from ostro.parallel.pipeline import Stage
 from ostro.train.ranks import Ranks
 
 
@@ -38,30 +36,3 @@ class Judges:
     pipeline: dist.ProcessGroup | None = None
     own_stages: tuple[Stage, ...] = ()
     dtype: torch.dtype = torch.float32
-
-    def run(
-        self,
-        model: Mistral3FP8VLMForConditionalGeneration,
-        compute: Callable[[Stage, torch.Tensor | None], torch.Tensor],
-        states: torch.Tensor,
-        output: torch.Tensor,
-    ) -> torch.Tensor:
-        """A forward pass through the stages of a pipeline.
-
-        Args:
-            model: What this rank holds.
-            compute: As for `pass_through`.
-            states: As for `pass_through`.
-            output: Of the shape, dtype and device of what the last stage makes, to receive it into.
-
-        Returns:
-            What the last stage makes, on all ranks of the pipeline.
-
-        Distributed: as `pass_through`, and one broadcast over the pipeline.
-        """
-        assert self.pipeline is not None  # else there are no stages
-        made = pass_through(model, self.own_stages, compute, states, group=self.pipeline)
-        if self.own_stages[-1].is_last:
-            output = made.contiguous()
-        dist.broadcast(output, group=self.pipeline, group_src=self.pipeline.size() - 1)
-        return output

@@ -89,12 +89,6 @@ class EmbedRecipe(Recipe):
             raise ValueError("train.evaluate_every: is set, but there is no evaluate block; add one or leave it out")
         if self.prepare.dataset is not None and len(self.data.train) != 1:
             raise ValueError("prepare.dataset: needs exactly one source in data.train, the folder to write to")
-        if self.parallel.pp > 1:
-            # the cached loss runs every text twice, and its negatives want one large batch, not a stream of small ones
-            raise ValueError(
-                f"parallel.pp: must be 1 for an embedder, got {self.parallel.pp}; use parallel.dp_shard to split the "
-                "parameters"
-            )
         return self
 
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from ostro.data.conversation_tokens import NOTHING, ConversationEncoder, EncodedConversation
 from ostro.inference.chat import Chat
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
-from ostro.parallel.pipeline import Stage
+from ostro.parallel.pipeline import Stage, pass_through, share_last
 from ostro.train.judges import Judges
 
 
@@ -105,11 +105,14 @@ class SplitChat(Chat):
             made: torch.Tensor = output.logits[:, -1].argmax(dim=-1) if is_last else output.hidden_states
             return made
 
-        if not judges.own_stages:
+        if judges.pipeline is None:
             return compute(None, None)
         width = model.config.get_text_config().hidden_size
         states = torch.empty(*token_ids.shape, width, dtype=judges.dtype, device=model.device)
-        return judges.run(model, compute, states, torch.empty_like(token_ids[:, 0]))
+        output = pass_through(model, judges.own_stages, compute, states, group=judges.pipeline)
+        if not judges.own_stages[-1].is_last:
+            output = torch.empty_like(token_ids[:, 0])
+        return share_last(output, judges.pipeline)
 
     def _allowed(self, mask: torch.Tensor, num_new: int) -> torch.Tensor:
         """Which tokens each new one sees, `[B, 1, S, P + S]`: transformers would make it from the cache of layer 0,

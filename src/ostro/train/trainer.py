@@ -29,7 +29,7 @@ from ostro.checkpoint.train_state import (
 from ostro.errors import CheckpointError
 from ostro.parallel.apply import free_gathered
 from ostro.parallel.collectives import gather_whole, sum_over_ends
-from ostro.parallel.gradients import local_part, reduce_gradients
+from ostro.parallel.gradients import average_gradients, local_part, reduce_gradients
 from ostro.parallel.mesh import AXES, Mesh
 from ostro.parallel.pipeline import Stage
 from ostro.train import runtime
@@ -136,7 +136,8 @@ class Trainer(abc.ABC):
         self._masters = MasterWeights(module)
         self._weights = {**self._masters.named_parameters(), **(loss_weights or {})}
         self._at_both_ends = [name for name in at_both_ends if name in self._weights]
-        counted_elsewhere = () if self.stages.is_main else self._at_both_ends
+        self._loss_weights = list((loss_weights or {}).values())
+        counted_elsewhere = () if self.stages.is_main else [*self._at_both_ends, *(loss_weights or {})]
         self._optimizer = Optimizer(
             self._weights, recipe.optimizer, rate_factors, mesh, counted_elsewhere=counted_elsewhere
         )
@@ -172,6 +173,8 @@ class Trainer(abc.ABC):
         if self.stages.group is not None:
             gradients = [self._weights[name].grad for name in self._at_both_ends]
             sum_over_ends([local_part(gradient) for gradient in gradients if gradient is not None], self.stages.group)
+            # all stages have computed the loss; the mean keeps the copies the same to the bit
+            average_gradients(self._loss_weights, self.stages.group)
         rate = learning_rate(self.step, num_steps=self.num_steps, peak=self._peak, options=self._schedule)
         self.saver.wait_copied()
         grad_norm = self._optimizer.step(rate)

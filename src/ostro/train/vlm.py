@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ostro.checkpoint.auto import fetch_weights
+from ostro.checkpoint.fetch import fetch_weights
 from ostro.checkpoint.load import load_vlm
 from ostro.data.conversation import open_conversations
 from ostro.data.conversation_collate import ConversationBatch
@@ -25,7 +25,7 @@ from ostro.data.conversation_tokens import ConversationEncoder
 from ostro.errors import RecipeError
 from ostro.inference.chat import Chat, open_conversation_encoder
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
-from ostro.models.packed import use_packed_attention
+from ostro.models.packed import packed_rows, use_packed_attention
 from ostro.parallel.apply import prepare
 from ostro.parallel.mesh import AXES, Mesh, build_mesh, check_fits
 from ostro.parallel.pipeline import fitting_number, keep_stages, own_stages, plan_of_stages, run_stages
@@ -39,7 +39,7 @@ from ostro.train.recipe import VlmRecipe
 from ostro.train.split_chat import SplitChat
 from ostro.train.step import check_finite
 from ostro.train.trainer import Trainer, find_checkpoint
-from ostro.train.vlm_loss import in_step, packed_loss, packed_rows, stage_output
+from ostro.train.vlm_loss import in_step, packed_loss, stage_output
 
 
 def run(recipe: VlmRecipe, *, console: Console) -> vlm_result.VlmResult:

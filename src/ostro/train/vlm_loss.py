@@ -16,10 +16,9 @@ from ostro.data.conversation_collate import ConversationBatch, blank_batch, coll
 from ostro.data.conversation_tokens import EncodedConversation
 from ostro.data.images import ImageTokens
 from ostro.losses.linear_ce import fused_linear_cross_entropy, get_final_hidden_states
-from ostro.models.cpu_linear import round_rows
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
-from ostro.models.packed import PackedTexts, fill_up, micro_batches
-from ostro.parallel.pipeline import Stage
+from ostro.models.packed import PackedTexts, fill_up, micro_batches, packed_rows
+from ostro.parallel.pipeline import Stage, pass_through
 from ostro.train.judges import Judges
 from ostro.train.ranks import Ranks
 
@@ -109,11 +108,6 @@ def stage_output(
     return packed_states(model, batch, received)
 
 
-def packed_rows(num_tokens: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Rows that a batch has on its way through a model that computes in `dtype`, see `packed.fill_up`."""
-    return round_rows(num_tokens) if device.type == "cpu" and dtype != torch.float32 else num_tokens
-
-
 def in_step(
     batches: Iterable[ConversationBatch],
     *,
@@ -175,14 +169,14 @@ def held_out_loss(
     model.eval()
     loss = sum(_share_of_loss(model, batch, judges, num_supervised) for batch in batches)
     model.train(training)
-    return judges.data.sum([loss])[0]
+    return Ranks.of(judges.pipeline).sum(judges.data.sum([loss]))[0]
 
 
 def _share_of_loss(
     model: Mistral3FP8VLMForConditionalGeneration, batch: ConversationBatch, judges: Judges, num_supervised: int
 ) -> float:
-    """A batch's share of the loss, on all ranks of a pipeline."""
-    if not judges.own_stages:
+    """A batch's share of the loss, on the last rank of a pipeline; 0 on the others."""
+    if judges.pipeline is None:
         return float(packed_loss(model, batch.to(model.device), num_supervised))
     rows = packed_rows(batch.num_tokens, model.device, judges.dtype)
 
@@ -191,4 +185,5 @@ def _share_of_loss(
 
     width = model.config.get_text_config().hidden_size
     states = torch.empty(1, rows, width, dtype=judges.dtype, device=model.device)
-    return float(judges.run(model, compute, states, torch.empty((), device=model.device)))
+    output = pass_through(model, judges.own_stages, compute, states, group=judges.pipeline)
+    return float(output) if judges.own_stages[-1].is_last else 0.0

@@ -17,8 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ostro.checkpoint.auto import fetch_weights
 from ostro.checkpoint.export_vlm import export_vlm, verify_vlm
+from ostro.checkpoint.fetch import fetch_weights
 from ostro.data.conversation import Conversation, open_conversations
 from ostro.errors import missing_extra
 from ostro.inference.chat import Chat
