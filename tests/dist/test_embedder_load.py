@@ -102,9 +102,8 @@ def _load(group: dist.ProcessGroup, recipes: dict[str, EmbedRecipe]) -> dict[str
 def test_the_embedder_does_not_depend_on_the_split(
     ranks: RankPool, folders: dict[str, Path], parallel: dict[str, int]
 ) -> None:
-    recipes = {
-        f"{form} {dtype}": _recipe(folder, dtype, **parallel) for form, folder in folders.items() for dtype in DTYPES
-    }
+    cases = [(form, "bfloat16") for form in folders] + [("fp8", "float32"), ("float32_text", "float32")]
+    recipes = {f"{form} {dtype}": _recipe(folders[form], dtype, **parallel) for form, dtype in cases}
     world_size = parallel.get("dp_shard", 1) * parallel.get("tp", 1)
     results = ranks.run(_load, recipes, world_size=world_size)
     for case, recipe in recipes.items():

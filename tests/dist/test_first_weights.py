@@ -30,10 +30,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _recipe(inputs: Path, kind: str, dtype: str) -> EmbedRecipe | VlmRecipe:
-    model = {"weights": str(inputs / kind / "weights"), "dtype": dtype}
+def _recipe(inputs: Path, kind: str) -> EmbedRecipe | VlmRecipe:
     blocks = {"loss": {"learned_temperature": True}} if kind == "embed" else {}
-    recipe: EmbedRecipe | VlmRecipe = HELPERS[kind].recipe(inputs / kind, inputs / "run", model=model, **blocks)
+    recipe: EmbedRecipe | VlmRecipe = HELPERS[kind].recipe(inputs / kind, inputs / "run", **blocks)
     return recipe
 
 
@@ -49,14 +48,14 @@ def _first_weights(group: dist.ProcessGroup | None, recipe: EmbedRecipe | VlmRec
     }
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
     ("kind", "axis"), [("embed", "dp_shard"), ("embed", "tp"), ("vlm", "dp_shard"), ("vlm", "tp"), ("vlm", "pp")]
 )
 def test_training_begins_from_the_weights_of_one_process(
-    ranks: RankPool, inputs: Path, kind: str, axis: str, dtype: str
+    ranks: RankPool, inputs: Path, kind: str, axis: str
 ) -> None:
-    recipe = _recipe(inputs, kind, dtype)
+    """In bfloat16, so that what is float32 from the start could hold more of an FP8 weight than the others do."""
+    recipe = _recipe(inputs, kind)
     expected = _first_weights(None, recipe)
     assert ("log_temperature" in expected) == (kind == "embed")
     split = recipe.model_copy(update={"parallel": ParallelOptions(**{axis: 2})})

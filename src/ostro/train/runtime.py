@@ -43,6 +43,8 @@ _FREE_KEYS = {
 }
 # What a disk that knows no locks answers.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# What a full disk answers, in an error that may name no file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Packages whose version changes results; written beside every run.
 _RECORDED_PACKAGES = ("ostro", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 
@@ -184,7 +186,7 @@ def open_run(recipe: EmbedRecipe | VlmRecipe, ranks: Ranks) -> Iterator[Path]:
 
     Raises:
         RecipeError: When the mesh does not fit the ranks, or the folder holds checkpoints of another recipe.
-        OstroError: When the folder cannot be written, or another job has it open.
+        OstroError: When the folder cannot be written, or another job has it open; when a disk is full in the block.
 
     Distributed: as `Ranks.agreed`; rank 0 alone writes.
     """
@@ -196,7 +198,15 @@ def open_run(recipe: EmbedRecipe | VlmRecipe, ranks: Ranks) -> Iterator[Path]:
             if ranks.is_main:
                 stack.enter_context(locked_folder(folder))
                 open_run_folder(folder, dump_recipe(recipe))
-        yield folder
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise OstroError(
+                f"output: {folder}: a file cannot be written ({error.strerror}); make room and run the same command "
+                "again to go on"
+            ) from error
 
 
 @contextmanager
