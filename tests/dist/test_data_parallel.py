@@ -323,7 +323,9 @@ def _signalled(group: dist.ProcessGroup, recipe: EmbedRecipe) -> str:
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks: RankPool, inputs: Path, tmp_path: Path) -> None:
     recipe = embed_recipe(inputs, tmp_path / "run").model_copy(update={"evaluate": None, "test": None})
     first, second = ranks.run(_signalled, _laid_out(recipe, 1, 2))
-    stand = f"received SIGTERM. Stopped after step 3 of 6 and saved {tmp_path / 'run' / 'checkpoints' / 'step-00000003'}"
+    stand = (
+        f"received SIGTERM. Stopped after step 3 of 6 and saved {tmp_path / 'run' / 'checkpoints' / 'step-00000003'}"
+    )
     assert first.startswith(f"Stopped: {stand}")
     assert second.startswith(f"ToldElsewhere: {stand}")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ostro.parallel.mesh import AXES
 from tests.helpers import plan_runs
 from tests.helpers.ranks import RankPool
 
@@ -31,16 +32,22 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("vlm", ONE, {"freeze": ["vision", "embeddings"]}),
         ("vlm", {"dp_replicate": 2}, {}),
         ("vlm", {"dp_replicate": 1, "dp_shard": 2}, {"activation_checkpointing": True}),
+        (
+            "vlm",
+            {"dp_replicate": 1, "dp_shard": 2, "shard_frozen": False},
+            {"dtype": "float32", "freeze": ["vision", "embeddings"]},
+        ),
         ("vlm", {"dp_replicate": 1, "tp": 2}, {}),
         ("vlm", {"dp_replicate": 1, "tp": 2}, {"activation_checkpointing": True}),
+        ("vlm", {"dp_replicate": 1, "tp": 2, "tp_vision": True}, {}),
         ("embed", ONE, {}),
         ("embed", {"dp_replicate": 1, "dp_shard": 2}, {}),
     ],
 )
 def test_the_peak_is_predicted_within_a_tenth(
-    ranks: RankPool, inputs: Path, kind: str, parallel: dict[str, int], model: dict[str, Any]
+    ranks: RankPool, inputs: Path, kind: str, parallel: dict[str, Any], model: dict[str, Any]
 ) -> None:
-    num_ranks = math.prod(parallel.values())
+    num_ranks = math.prod(parallel.get(axis, 1) for axis in AXES)
     num_data_ranks = num_ranks // parallel.get("tp", 1)
     blocks = {"parallel": parallel, "model": {"weights": str(inputs / "weights"), **model}}
     # at least three micro-batches for each rank, so that the largest meets gradients of those before

@@ -18,16 +18,17 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from ostro.checkpoint.create import create_weights
 from ostro.checkpoint.load import load_vlm
+from ostro.errors import RecipeError
 from ostro.models.cpu_linear import OneDnnLinear, use_onednn
 from ostro.models.ministral_bidirectional import Ministral3BidirectionalConfig, Ministral3BidirectionalModel
 from ostro.parallel.apply import prepare, split_layers
 from ostro.parallel.collectives import gather_whole
 from ostro.parallel.gradients import gradient_norm
-from ostro.parallel.mesh import Mesh, build_mesh
+from ostro.parallel.mesh import Mesh, build_mesh, check_vision_fits
 from ostro.parallel.options import ParallelOptions
-from ostro.parallel.plans import TEXT_TOWER, VISION_LANGUAGE, Plan
+from ostro.parallel.plans import TEXT_TOWER, VISION_LANGUAGE, VISION_SIDE, Plan
 from ostro.parallel.vocabulary import SplitEmbedding
-from tests.dist.test_data_parallel import _compare, _laid_out, _run, _steps, inputs, vlm_recipe
+from tests.dist.test_data_parallel import _compare, _laid_out, _run, _steps, inputs, mixed_recipe, vlm_recipe
 from tests.helpers.fp8_folder import write_fp8_folder
 from tests.helpers.native_folder import write_native_folder
 from tests.helpers.ranks import RankPool
@@ -51,7 +52,9 @@ def _load(group: dist.ProcessGroup, folder: Path, sizes: dict[str, int]) -> dict
         logits = model(input_ids=INPUT_IDS).logits
     return {
         "weights": {name: gather_whole(w) if isinstance(w, DTensor) else w for name, w in weights.items()},
-        "shapes": {name: tuple(w.to_local().shape if isinstance(w, DTensor) else w.shape) for name, w in weights.items()},
+        "shapes": {
+            name: tuple(w.to_local().shape if isinstance(w, DTensor) else w.shape) for name, w in weights.items()
+        },
         "is_tied": model.lm_head.weight is model.get_input_embeddings().weight,
         "logits": logits,
     }
@@ -218,3 +221,60 @@ def test_a_split_that_the_model_does_not_have(ranks: RankPool, inputs: Path, tmp
     told, *silent = ranks.run(_run, _laid_out(vlm_recipe(inputs, tmp_path), 1, 1, 3), None, world_size=3)
     assert told.startswith("RecipeError: parallel.tp: must divide the model's num_key_value_heads, 2, got 3")
     assert silent == ["ToldElsewhere: rank 0 failed and tells why"] * 2
+
+
+@pytest.mark.parametrize(
+    ("freeze", "mesh"),
+    [
+        ((), (1, 1, 2)),
+        (("vision",), (1, 1, 2)),
+        (("embeddings", "language_model"), (1, 1, 2)),
+        ((), (1, 2, 2)),
+    ],
+    ids=["all", "text", "vision", "all-dp_shard"],
+)
+def test_a_split_vision_tower(
+    ranks: RankPool, inputs: Path, tmp_path: Path, freeze: tuple[str, ...], mesh: tuple[int, int, int]
+) -> None:
+    """On several images, on text alone; its activations computed again where all of it trains."""
+    recipe = mixed_recipe(inputs, tmp_path)
+    model = recipe.model.model_copy(update={"freeze": freeze, "activation_checkpointing": not freeze})
+    recipe = recipe.model_copy(update={"model": model})
+    expected = _steps(None, recipe, 2)
+    assert [row["num_images"] for row in expected[0]] == [4, 0]
+    laid_out = _laid_out(recipe, *mesh)
+    parallel = laid_out.parallel.model_copy(update={"tp_vision": True})
+    split = laid_out.model_copy(update={"parallel": parallel})
+    _compare(ranks.run(_steps, split, 2, world_size=mesh[1] * mesh[2]), expected, is_split=True)
+
+
+def _held_by_vision(group: dist.ProcessGroup, folder: Path) -> dict[str, tuple[int, ...]]:
+    plan = {**VISION_LANGUAGE, **VISION_SIDE}
+    model = load_vlm(folder, shard=partial(prepare, plan=plan, mesh=_mesh(group, tp=2)))
+    assert model.model.vision_tower.transformer.layers[0].attention.num_heads == 1
+    weights = {name: weight for name, weight in model.named_parameters() if "language_model" not in name}
+    return {name: tuple(w.to_local().shape if isinstance(w, DTensor) else w.shape) for name, w in weights.items()}
+
+
+def test_what_a_rank_holds_of_a_split_vision_tower(ranks: RankPool, tmp_path: Path) -> None:
+    write_fp8_folder(tmp_path, layout="nested", tie_word_embeddings=True)
+    expected = {name: tuple(weight.shape) for name, weight in load_vlm(tmp_path).named_parameters()}
+    for held in ranks.run(_held_by_vision, tmp_path):
+        split = {name.rpartition("layers.1.")[2]: held[name] for name in held if held[name] != expected[name]}
+        assert {name: shape for name, shape in split.items() if "layers.0" not in name} == {
+            **{f"attention.{role}_proj.weight": (16, 32) for role in "qkv"},
+            "attention.o_proj.weight": (32, 16),
+            **{f"feed_forward.{role}_proj.weight": (24, 32) for role in ("gate", "up")},
+            "feed_forward.down_proj.weight": (32, 24),
+            "model.multi_modal_projector.linear_1.weight": (16, 32),
+            "model.multi_modal_projector.linear_2.weight": (32, 16),
+        }
+
+
+def test_a_vision_tower_that_does_not_divide() -> None:
+    config = vlm_config()  # its vision tower has 2 heads
+    with pytest.raises(
+        RecipeError, match=r"parallel.tp_vision: parallel.tp must divide the vision tower's num_attention_"
+    ):
+        check_vision_fits({"tp": 4}, config)
+    check_vision_fits({"tp": 2}, config)

@@ -60,5 +60,6 @@ def test_imports_are_found_wherever_they_stand() -> None:
 
 
 def test_lines_of_code_are_those_with_code() -> None:
-    text = '"""A.\n\nB.\n"""\n\n# why\nx = (\n    1,\n\n    # two\n    2,\n)\n\n\ndef f():\n    """A."""\n    return """\n\n"""\n'
+    text = '"""A.\n\nB.\n"""\n\n# why\nx = (\n    1,\n\n    # two\n    2,\n)\n'
+    text += '\n\ndef f():\n    """A."""\n    return """\n\n"""\n'
     assert checks.code_lines(text) == 4 + 1 + 3

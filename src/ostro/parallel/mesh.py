@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from transformers import PreTrainedConfig
+from transformers import Mistral3Config, PreTrainedConfig
 
 from ostro.errors import RecipeError
 from ostro.parallel.options import ParallelOptions
@@ -196,3 +196,25 @@ def check_schedule(options: ParallelOptions, num_ranks: int) -> None:
         raise RecipeError(
             "parallel.schedule: interleaved needs parallel.pp of at least 2, got 1; raise it, or take 1f1b"
         )
+
+
+def check_vision_fits(sizes: Mapping[str, int], config: Mistral3Config) -> None:
+    """Checks that `tp` can split the vision side of a model, as `parallel.tp_vision` asks.
+
+    Args:
+        sizes: Of every axis, from `axis_sizes`.
+        config: Of the whole model.
+
+    Raises:
+        RecipeError: When `tp` does not divide the vision tower's heads or intermediate size, or the width of the text.
+
+    Distributed: no collectives. Every rank finds the same error.
+    """
+    vision, text = (part.to_dict() for part in (config.vision_config, config.text_config))  # type: ignore[union-attr]
+    divided = {f"vision tower's {name}": vision[name] for name in ("num_attention_heads", "intermediate_size")}
+    for name, size in {**divided, "projector's hidden_size": text["hidden_size"]}.items():
+        if size % sizes["tp"]:
+            raise RecipeError(
+                f"parallel.tp_vision: parallel.tp must divide the {name}, {size}, got {sizes['tp']}; set tp_vision to "
+                "false, or use a divisor"
+            )

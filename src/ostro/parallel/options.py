@@ -16,8 +16,12 @@ class ParallelOptions(Options):
     """Ranks that hold the whole model and take a share of every batch; -1 for what is left of the ranks."""
     dp_shard: int = pydantic.Field(1, ge=-1)
     """Ranks that split parameters, gradients and optimizer, and take a share of every batch too; -1 as above."""
+    shard_frozen: bool = True
+    """Whether `dp_shard` splits parts in `model.freeze`, too; if not, each rank holds them whole in `model.dtype`."""
     tp: int = pydantic.Field(1, ge=1)
     """Ranks that split every text layer, embedding and head, and see the same samples."""
+    tp_vision: bool = False
+    """Whether `tp` splits the vision tower and the projector too; otherwise each of its ranks holds all of them."""
     pp: int = pydantic.Field(1, ge=1)
     """Ranks that hold consecutive layers, and see the same samples."""
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"

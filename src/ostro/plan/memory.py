@@ -105,7 +105,7 @@ class Sizes:
         self.settings = settings
         self._weights: list[tuple[str, torch.Tensor]] | None = None
         self._counts: dict[int, dict[Part, Counts]] = {}
-        self._visions: dict[bool, Tower] = {}
+        self._visions: dict[tuple[int, bool], Tower] = {}
         self._towers: dict[tuple[int, bool], tuple[Tower, Tower]] = {}
 
     def counts(self, tp: int) -> Mapping[Part, Counts]:
@@ -116,7 +116,7 @@ class Sizes:
         if tp not in self._counts:
             found: dict[Part, Counts] = {}
             for name, weight in self._weights:
-                size = weight.numel() // (1 if split_dim(name, tp) is None else tp)
+                size = weight.numel() // (1 if split_dim(self.settings, name, tp) is None else tp)
                 trained, part = size * weight.requires_grad, part_of(name)
                 found[part] = found.get(part, Counts()) + Counts(size, trained, trained)
             self._counts[tp] = found
@@ -125,10 +125,11 @@ class Sizes:
     def towers(self, tp: int, is_split: bool) -> tuple[Tower, Tower]:
         """The vision side and the text layers of such a rank."""
         if (tp, is_split) not in self._towers:
-            if is_split not in self._visions:
-                self._visions[is_split] = vision_tower(self.settings, is_split=is_split)
+            vision = (tp if self.settings.tp_vision else 1, is_split)
+            if vision not in self._visions:
+                self._visions[vision] = vision_tower(self.settings, tp=vision[0], is_split=is_split)
             text = text_tower(self.settings, tp=tp, is_split=is_split)
-            self._towers[tp, is_split] = self._visions[is_split], text
+            self._towers[tp, is_split] = self._visions[vision], text
         return self._towers[tp, is_split]
 
 
@@ -194,7 +195,8 @@ class _Rank:
         ledger: Ledger = Counter()
         shards = self.split.dp_shard
         for part, weights in self.counts.items():
-            ledger[part, "weights"] = weights.all * (_FLOAT32 if self.is_split else self.item) // shards
+            sharded = weights.sharded(self.settings) if self.is_split else 0
+            ledger[part, "weights"] = (weights.all - sharded) * self.item + sharded * _FLOAT32 // shards
             if not self.is_split and self.item < _FLOAT32:
                 ledger[part, "masters"] = weights.trained * _FLOAT32
             ledger[part, "moments"] = weights.trained * _MOMENTS // shards
@@ -274,17 +276,20 @@ class _Rank:
         if not self.is_split:
             return Counter()
         parts = {part: weights for part, weights in self.counts.items() if part not in ("language_model", "vision")}
-        return Counter({(part, "transient"): weights.all * self.item for part, weights in parts.items()})
+        sharded = {part: weights.sharded(self.settings) for part, weights in parts.items()}
+        return Counter({(part, "transient"): number * self.item for part, number in sharded.items()})
 
     def gathered(self, layer: Counts, part: Part) -> Ledger:
         """A layer's weights in its forward pass: as they arrived from the ranks, and as they are used."""
-        return _at(part, "transient", 2 * layer.all * self.item) if self.is_split else Counter()
+        sharded = layer.sharded(self.settings)
+        return _at(part, "transient", 2 * sharded * self.item) if self.is_split else Counter()
 
     def reduced(self, layer: Counts, part: Part) -> Ledger:
         """Weights of a layer and of the next in its backward pass, and the gradients of the one before on their way."""
         if not self.is_split:
             return Counter()
-        return _at(part, "transient", 2 * layer.all * self.item + layer.trained * _FLOAT32)
+        sharded = layer.sharded(self.settings)
+        return _at(part, "transient", 2 * sharded * self.item + layer.trained * _FLOAT32)
 
     def last_reduction(self) -> Ledger:
         """What it takes to bring together the gradients that are complete at the end only."""

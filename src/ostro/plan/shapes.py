@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import torch
 from transformers import Ministral3Config, Mistral3Config, PreTrainedConfig, PreTrainedModel
+from transformers.models.pixtral.modeling_pixtral import PixtralAttention
 
 from ostro.models.backbone import MODEL_CLASSES
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
-from ostro.parallel.plans import VISION_LANGUAGE
+from ostro.parallel.plans import VISION_LANGUAGE, VISION_SIDE, Plan
 from ostro.train.options import Part
 from ostro.train.parts import part_of
 
@@ -41,6 +42,8 @@ class Settings:
         device: Whose kernels run.
         num_texts: Queries and documents of a contrastive batch over all ranks; none for a vision-language model.
         evaluates: Whether rank 0 evaluates the whole model on its device.
+        tp_vision: Whether tensor-parallel ranks split the vision side, too.
+        shard_frozen: Whether FSDP splits frozen weights, too.
     """
 
     config: PreTrainedConfig
@@ -52,6 +55,13 @@ class Settings:
     device: DeviceKind
     num_texts: tuple[int, int] = (0, 0)
     evaluates: bool = True
+    tp_vision: bool = False
+    shard_frozen: bool = True
+
+    @property
+    def plan(self) -> Plan:
+        """How tensor-parallel ranks split the layers."""
+        return {**VISION_LANGUAGE, **VISION_SIDE} if self.tp_vision else VISION_LANGUAGE
 
     @property
     def is_embedder(self) -> bool:
@@ -101,10 +111,12 @@ def build(settings: Settings, *, tp: int = 1, num_layers: int | None = None) -> 
             model = Mistral3FP8VLMForConditionalGeneration._from_config(config, dtype=settings.dtype)
         for name, module in model.named_modules():
             for key, weight in module.named_parameters(recurse=False):
-                if (dim := split_dim(full_name(settings, f"{name}.{key}"), tp)) is not None:
+                if (dim := split_dim(settings, full_name(settings, f"{name}.{key}"), tp)) is not None:
                     shape = list(weight.shape)
                     shape[dim] //= tp
                     setattr(module, key, torch.nn.Parameter(weight.new_empty(shape)))
+            if settings.tp_vision and isinstance(module, PixtralAttention):
+                module.num_heads //= tp
     for name, weight in model.named_parameters():
         weight.requires_grad_(part_of(full_name(settings, name)) not in settings.frozen)
     model.train()
@@ -116,15 +128,16 @@ def full_name(settings: Settings, name: str) -> str:
     return f"model.language_model.{name}" if settings.is_embedder else name
 
 
-def split_dim(name: str, tp: int) -> int | None:
+def split_dim(settings: Settings, name: str, tp: int) -> int | None:
     """The dim of a weight that `tp` ranks share; None where each holds all of it.
 
     Args:
+        settings: Of the run.
         name: In the vision-language model.
         tp: Ranks that split a layer.
     """
     if tp > 1:
-        for pattern, role in VISION_LANGUAGE.items():
+        for pattern, role in settings.plan.items():
             if role in _SHARED_DIMS and re.fullmatch(rf"(?:{pattern})\.weight", name):
                 return _SHARED_DIMS[role]
     return None
@@ -146,6 +159,10 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(self.all + other.all, self.trained + other.trained, max(self.largest, other.largest))
+
+    def sharded(self, settings: Settings) -> int:
+        """How many FSDP splits."""
+        return self.all if settings.shard_frozen else self.trained
 
     def times(self, number: int) -> Counts:
         """Those of so many equal ones."""

@@ -15,7 +15,7 @@ import torch
 from transformers import Mistral3Config, PreTrainedConfig
 
 from ostro.errors import OstroError, RecipeError
-from ostro.parallel.mesh import AXES, check_fits
+from ostro.parallel.mesh import AXES, check_fits, check_vision_fits
 from ostro.parallel.pipeline import plan_stages
 from ostro.plan.memory import Sizes, Split, Stage, Usage, usage, whole_model
 from ostro.plan.releases import read_config
@@ -221,6 +221,8 @@ def _settings(
         device=device,
         num_texts=_num_texts(recipe) if isinstance(recipe, EmbedRecipe) else (0, 0),
         evaluates=isinstance(recipe, EmbedRecipe) or recipe.evaluate is not None or recipe.test is not None,
+        tp_vision=recipe.parallel.tp_vision,
+        shard_frozen=recipe.parallel.shard_frozen,
     )
 
 
@@ -239,7 +241,7 @@ def _batch(recipe: EmbedRecipe | VlmRecipe) -> Batch:
 
 def _splits(recipe: EmbedRecipe | VlmRecipe, num_gpus: int) -> Iterator[Split]:
     """Every product of four that makes up the ranks, with the sizes that the recipe sets."""
-    given = {axis: vars(recipe.parallel)[axis] for axis in recipe.parallel.model_fields_set}
+    given = {axis: vars(recipe.parallel)[axis] for axis in AXES if axis in recipe.parallel.model_fields_set}
     given = {axis: size for axis, size in given.items() if size != -1}
     product = math.prod(given.values())
     if product < 1 or num_gpus % product:
@@ -270,6 +272,8 @@ def _forbidden(settings: Settings, batch: Batch, split: Split, num_micro_batches
         return "parallel.pp: an embedder is not cut into stages"
     try:
         check_fits(vars(split), settings.text_config)
+        if settings.tp_vision:
+            check_vision_fits(vars(split), settings.config)  # type: ignore[arg-type]
     except RecipeError as error:
         return str(error).partition(";")[0]
     if split.num_data_ranks > batch.num_samples:

@@ -75,18 +75,19 @@ def text_tower(settings: Settings, *, tp: int, is_split: bool) -> Tower:
     return _per_layer(measure)
 
 
-def vision_tower(settings: Settings, *, is_split: bool) -> Tower:
+def vision_tower(settings: Settings, *, tp: int, is_split: bool) -> Tower:
     """The vision layers, patch embedding and projector on the images of one micro-batch.
 
     Args:
         settings: Of the run.
+        tp: Ranks that split a layer, with `tp_vision`.
         is_split: As for the text.
     """
     if not settings.num_patches:
         return Tower()
 
     def measure(num_layers: int) -> tuple[int, int, int]:
-        model: Any = build(settings, num_layers=num_layers)
+        model: Any = build(settings, tp=tp, num_layers=num_layers)
         merge, patch = model.config.spatial_merge_size, model.config.vision_config.patch_size
         size = (merge * patch, settings.num_patches // merge * patch)
         pixels = torch.empty(1, model.config.vision_config.num_channels, *size, device="meta")

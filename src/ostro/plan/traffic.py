@@ -8,6 +8,7 @@ good enough to put splits in order, not a promise.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ostro.plan.memory import Sizes, Split
 from ostro.plan.shapes import Counts
@@ -61,13 +62,20 @@ def step_traffic(
     total = layers.trained + vision.trained + sum(weights.trained for weights in rest)
     row = settings.num_tokens * settings.text_config.hidden_size * item
     # a layer's weights are gathered for each pass, those outside of the layers once for forward and backward
-    forward = num_passes * (layers.all + vision.all + sum(weights.all for weights in rest))
-    backward = layers.all + (vision.all if vision.trained else 0)
+    of_layers, of_vision = layers.sharded(settings), vision.sharded(settings)
+    forward = num_passes * (of_layers + of_vision + sum(weights.sharded(settings) for weights in rest))
+    backward = of_layers + (of_vision if vision.trained else 0)
     gathered = m * item * (forward + backward)
     sums = m * (num_passes + settings.recompute + 1) * 2 * settings.text_config.num_hidden_layers // split.pp
+    summed = 2 * sums * row
+    if settings.tp_vision and settings.num_patches:
+        config: Any = vars(settings.config)["vision_config"]
+        passes = 1 + (1 + settings.recompute if vision.trained else 0)
+        patches = settings.num_patches * config.hidden_size * item
+        summed += 2 * m * passes * 2 * config.num_hidden_layers * patches
     reductions = m if split.dp_shard > 1 else 1
     sent = {
-        "tp": _ring(split.tp) * 2 * sums * row,
+        "tp": _ring(split.tp) * summed,
         "dp_shard": _ring(split.dp_shard) * (gathered + m * _FLOAT32 * total),
         "dp_replicate": _ring(split.dp_replicate) * 2 * reductions * _FLOAT32 * total / split.dp_shard,
         "pp": float(2 * m * row) if split.pp > 1 else 0.0,

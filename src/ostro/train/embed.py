@@ -105,7 +105,8 @@ def build_embedder(
     Args:
         recipe: The run.
         mesh: How the ranks are laid out: where they split the model, a rank reads and holds its part alone, in float32
-            with `dp_shard`. None for one process.
+            with `dp_shard`. None for a model that is not trained, only evaluated or exported: it is whole and not
+            compiled.
         is_resumed: Whether a checkpoint will fill in the weights, so that they are not read.
         device: Where it is; that of the run when None.
 
@@ -115,7 +116,9 @@ def build_embedder(
         LayoutError: When the weights are not of the family, or the tokenizer has ids beyond the vocabulary.
         CheckpointError: When the files cannot be read.
     """
-    options, dims, mesh = recipe.model, recipe.loss.matryoshka_dims, mesh or Mesh(dict.fromkeys(AXES, 1))
+    options, dims = recipe.model, recipe.loss.matryoshka_dims
+    compiled = options.compile and mesh is not None
+    mesh = mesh or Mesh(dict.fromkeys(AXES, 1))
     device = device or runtime.select_device()
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
     is_streamed = is_resumed or mesh.splits_model
@@ -150,7 +153,7 @@ def build_embedder(
     if mesh.fsdp:
         embedder.float()  # what FSDP splits is its own master weight
     recomputes = options.activation_checkpointing
-    prepare(backbone, plan, mesh, activation_checkpointing=recomputes, compute_dtype=dtype)
+    prepare(backbone, plan, mesh, activation_checkpointing=recomputes, compiled=compiled, compute_dtype=dtype)
     if is_streamed:
         fill_encoder(backbone, folder, shapes, dtype=dtype, device=device)
     return embedder.to(device).train(), tokenizer

@@ -19,6 +19,8 @@ class ModelOptions(Options):
     """Weights and activations in forward and backward; the optimizer always works in float32."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    compile: bool = False
+    """Compile the norms and the MLP of every layer (torch.compile): a slow first step, then faster ones."""
 
 
 class EmbedModelOptions(ModelOptions):

@@ -89,6 +89,10 @@ class EmbedRecipe(Recipe):
             raise ValueError("train.evaluate_every: is set, but there is no evaluate block; add one or leave it out")
         if self.prepare.dataset is not None and len(self.data.train) != 1:
             raise ValueError("prepare.dataset: needs exactly one source in data.train, the folder to write to")
+        if self.parallel.tp_vision:
+            raise ValueError("parallel.tp_vision: an embedder has no vision tower; leave it out")
+        if not self.parallel.shard_frozen:
+            raise ValueError("parallel.shard_frozen: nothing of an embedder is frozen; leave it out")
         return self
 
 
@@ -133,6 +137,10 @@ class VlmRecipe(Recipe):
         frozen = sorted(set(self.optimizer.part_learning_rates) & set(self.model.freeze))
         if frozen:
             raise ValueError(f"optimizer.part_learning_rates.{frozen[0]}: this part is in model.freeze; take one out")
+        if not self.parallel.shard_frozen and not self.model.freeze:
+            raise ValueError(
+                "parallel.shard_frozen: is false, but model.freeze names no part; name one, or leave it out"
+            )
         return self
 
 

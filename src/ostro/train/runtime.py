@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 _FREE_KEYS = {
     "data.micro_batch_tokens",
     "model.activation_checkpointing",
+    "model.compile",
     "evaluate.batch_samples",
     "test.batch_samples",
     *(f"train.{key}" for key in ("log_every", "evaluate_every", "save_every", "keep_last", "keep_best", "async_save")),

@@ -27,9 +27,9 @@ from ostro.inference.chat import Chat, open_conversation_encoder
 from ostro.models.mistral3_vlm import Mistral3FP8VLMForConditionalGeneration
 from ostro.models.packed import packed_rows, use_packed_attention
 from ostro.parallel.apply import prepare
-from ostro.parallel.mesh import AXES, Mesh, build_mesh, check_fits
+from ostro.parallel.mesh import AXES, Mesh, build_mesh, check_fits, check_vision_fits
 from ostro.parallel.pipeline import fitting_number, keep_stages, own_stages, plan_of_stages, run_stages
-from ostro.parallel.plans import VISION_LANGUAGE
+from ostro.parallel.plans import VISION_LANGUAGE, VISION_SIDE
 from ostro.train import runtime, vlm_result
 from ostro.train.flops import peak_flops, step_flops
 from ostro.train.loop import run_steps
@@ -97,8 +97,8 @@ def build_model(
 
     Args:
         recipe: The run.
-        mesh: How the ranks are laid out: a rank reads and holds its part alone, in float32 where `dp_shard` splits the
-            weights. None for one process.
+        mesh: How the ranks are laid out: a rank reads and holds its part alone, in float32 what `dp_shard` splits. None
+            for a model that is not trained, only evaluated or exported: it is whole and not compiled.
         is_resumed: Whether a checkpoint will fill in the trained weights, so that they are not read.
         device: Where it is; that of the run when None.
 
@@ -107,7 +107,8 @@ def build_model(
         LayoutError: When the weights are not of the family, or the tokenizer does not belong to them.
         CheckpointError: When the files cannot be read.
     """
-    options, mesh = recipe.model, mesh or Mesh(dict.fromkeys(AXES, 1))
+    options, compiled = recipe.model, recipe.model.compile and mesh is not None
+    mesh = mesh or Mesh(dict.fromkeys(AXES, 1))
     fsdp = mesh.fsdp
     if fsdp is not None and set(PARTS) - set(options.freeze) == {"head"}:
         # the backward pass through the split model, which sums the gradients, would never begin
@@ -119,7 +120,7 @@ def build_model(
     folder = fetch_weights(options.weights)
     device = device or runtime.select_device()
     skip = (lambda name: part_of(name) not in options.freeze) if is_resumed else None
-    shard = partial(_keep_own, recipe=recipe, mesh=mesh)
+    shard = partial(_keep_own, recipe=recipe, mesh=mesh, compiled=compiled)
     model = load_vlm(folder, dtype=dtype, device=device, shard=shard, skip=skip)
     encoder = open_conversation_encoder(
         folder, model.config, max_tokens=recipe.data.max_tokens, too_long=recipe.data.too_long
@@ -141,14 +142,19 @@ def build_whole(recipe: VlmRecipe) -> Mistral3FP8VLMForConditionalGeneration:
     return build_model(recipe, is_resumed=True, device=torch.device("cpu"))[0]
 
 
-def _keep_own(model: Mistral3FP8VLMForConditionalGeneration, recipe: VlmRecipe, mesh: Mesh) -> None:
+def _keep_own(model: Mistral3FP8VLMForConditionalGeneration, recipe: VlmRecipe, mesh: Mesh, *, compiled: bool) -> None:
     """Freezes parts of the whole model, on the meta device, and leaves of it what this rank holds."""
     options, plan = recipe.model, VISION_LANGUAGE
     freeze(model, options.freeze)
     check_fits(mesh.sizes, model.config.get_text_config(), recipe.parallel.stages_per_rank)
-    if stages := own_stages(model.config, mesh.group("pp"), recipe.parallel.stages_per_rank):
+    stages = own_stages(model.config, mesh.group("pp"), recipe.parallel.stages_per_rank)
+    if stages:
         keep_stages(model, stages)
         plan = plan_of_stages(plan, stages)
+    if recipe.parallel.tp_vision:
+        check_vision_fits(mesh.sizes, model.config)
+        if not stages or stages[0].is_first:
+            plan = {**plan, **VISION_SIDE}
     if mesh.fsdp:
         model.float()  # what FSDP splits is its own master weight
     prepare(
@@ -156,7 +162,9 @@ def _keep_own(model: Mistral3FP8VLMForConditionalGeneration, recipe: VlmRecipe, 
         plan,
         mesh,
         activation_checkpointing=options.activation_checkpointing,
+        compiled=compiled,
         compute_dtype={"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype],
+        shard_frozen=recipe.parallel.shard_frozen,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from ostro.config import load_recipe
 from ostro.errors import OstroError, RecipeError
 from ostro.plan import splits
-from ostro.plan.memory import Sizes, Split
+from ostro.plan.memory import Sizes, Split, Stage, usage
 from ostro.plan.releases import RELEASES, read_config
 from ostro.plan.splits import GIB, cut_layers, make_plan
 from ostro.plan.traffic import step_traffic
@@ -153,3 +153,35 @@ def test_traffic_of_replicas_is_two_gradients_and_of_shards_their_gathers() -> N
     row = 8192 * 3072 * 2
     assert sent(Split(tp=4)) == {"tp": pytest.approx(3 * 26 * 2 * 3 * 2 * 3 / 4 * row, rel=1e-6)}
     assert sent(Split(pp=2)) == {"pp": 2 * 3 * row}
+
+
+def test_a_split_vision_side_is_divided_and_sends_its_patches() -> None:
+    plain, split = (sizes("vlm-ministral3-3b", f"parallel.tp_vision={value}") for value in ("false", "true"))
+    assert plain.counts(4)["vision"] == plain.counts(1)["vision"]
+    # what stays whole: patch embedding and norms
+    assert split.counts(4)["vision"].all == pytest.approx(plain.counts(1)["vision"].all / 4, rel=0.02)
+    layers, text = split.counts(4)["language_model"], plain.counts(4)["language_model"]
+    assert layers == text
+    sent = [
+        step_traffic(model, Split(tp=4), num_micro_batches=3, num_tokens=8192, gpus_per_machine=8, num_passes=1).sent
+        for model in (plain, split)
+    ]
+    # of 24 layers two sums of a row in the forward pass alone, as the recipe freezes the tower
+    patches = split.settings.num_patches * 1024 * 2
+    assert sent[1]["tp"] - sent[0]["tp"] == pytest.approx(3 * 24 * 2 * 2 * 3 / 4 * patches, rel=1e-6)
+
+
+def test_frozen_parts_that_stay_whole_are_not_gathered() -> None:
+    split, whole = (sizes("vlm-ministral3-3b", f"parallel.shard_frozen={value}") for value in ("true", "false"))
+    vision = split.counts(1)["vision"].all
+    assert split.counts(1)["vision"].trained == 0
+    sent = [
+        step_traffic(model, Split(dp_shard=4), num_micro_batches=3, num_tokens=8192, gpus_per_machine=8, num_passes=1)
+        for model in (split, whole)
+    ]
+    assert sent[0].sent["dp_shard"] - sent[1].sent["dp_shard"] == pytest.approx(3 * 3 / 4 * 2 * vision, rel=1e-6)
+    held = [
+        usage(model, Split(dp_shard=4), Stage(split.settings.text_config.num_hidden_layers)).ledger["vision", "weights"]
+        for model in (split, whole)
+    ]
+    assert held == [4 * vision // 4, 2 * vision]
