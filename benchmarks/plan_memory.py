@@ -1,4 +1,4 @@
-"""What `ostro plan` predicts against what ranks hold: one process, replicated, split and tensor-parallel ranks.
+"""What `ostro plan` predicts against what ranks hold: one process, and ranks along each axis of the mesh.
 
 A model of 24 M parameters takes real training steps on CPU ranks, each case in processes of its own. Two measures:
 
@@ -20,23 +20,34 @@ from common import table, write_result
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
-CASES: tuple[tuple[str, dict[str, int], dict[str, Any]], ...] = (
+PIPELINE = {"dp_replicate": 1, "pp": 2}
+INTERLEAVED = {**PIPELINE, "schedule": "interleaved", "stages_per_rank": 2}
+CASES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("vlm", {"dp_replicate": 1}, {}),
     ("vlm", {"dp_replicate": 2}, {}),
     ("vlm", {"dp_replicate": 1, "dp_shard": 2}, {}),
     ("vlm", {"dp_replicate": 1, "tp": 2}, {}),
     ("vlm", {"dp_replicate": 1, "dp_shard": 2}, {"activation_checkpointing": True}),
+    ("vlm", {"dp_replicate": 2, "dp_shard": 2}, {}),
+    ("vlm", {"dp_replicate": 1, "dp_shard": 2, "tp": 2}, {}),
+    ("vlm", PIPELINE, {}),
+    ("vlm", PIPELINE, {"activation_checkpointing": True}),
+    ("vlm", {**PIPELINE, "schedule": "gpipe"}, {}),
+    ("vlm", INTERLEAVED, {}),
+    ("vlm", {**PIPELINE, "dp_shard": 2}, {}),
+    ("vlm", {**INTERLEAVED, "tp": 2}, {}),
     ("embed", {"dp_replicate": 1, "dp_shard": 2}, {}),
 )
 
 
-def compare(folder: Path, kind: str, parallel: dict[str, int], model: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table: one case, predicted and measured."""
+def compare(folder: Path, kind: str, parallel: dict[str, Any], model: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table for one case, predicted and measured: one for each rank of a pipeline."""
     from tests.helpers import plan_runs
     from tests.helpers.ranks import RankPool
 
-    num_ranks = 2 if max(parallel.values()) > 1 else 1
-    num_data_ranks = num_ranks // parallel.get("tp", 1)
+    num_data_ranks = parallel["dp_replicate"] * parallel.get("dp_shard", 1)
+    num_stages = parallel.get("pp", 1)
+    num_ranks = num_data_ranks * parallel.get("tp", 1) * num_stages
     recipe = plan_runs.recipe(
         folder,
         kind,
@@ -47,20 +58,25 @@ def compare(folder: Path, kind: str, parallel: dict[str, int], model: dict[str, 
     )
     with RankPool() as pool:
         found = pool.run(plan_runs.measured, recipe, world_size=num_ranks, timeout_s=600)
-    usage = plan_runs.predicted(recipe, num_ranks, int(found[0]["tokens"]), found[0]["image_share"]).needs.usage
-    standing = sum(size for (_, kind), size in usage.ledger.items() if kind in ("weights", "masters", "moments"))
-    live, growth = (max(rank[name] for rank in found) for name in ("live", "resident_growth"))
-    return {
-        "run": kind,
-        "ranks": ", ".join(f"{axis} {size}" for axis, size in parallel.items() if size > 1) or "one process",
-        "model": ", ".join(f"{key} {value}" for key, value in model.items()) or "bfloat16",
-        "tokens": int(found[0]["tokens"]),
-        "predicted MiB": f"{usage.peak / MIB:,.0f}",
-        "live MiB": f"{live / MIB:,.0f}",
-        "error": f"{usage.peak / live - 1:+.1%}",
-        "predicted growth MiB": f"{(usage.peak - standing) / MIB:,.0f}",
-        "resident growth MiB": f"{growth / MIB:,.0f}",
-    }
+    usages, rows = plan_runs.predicted(recipe, num_ranks, found[0]), []
+    sizes = [f"{key} {value}" for key, value in parallel.items() if value != 1]
+    for first in range(0, num_ranks, num_ranks // num_stages):
+        usage, same = usages[first], found[first : first + num_ranks // num_stages]
+        standing = sum(size for (_, kind), size in usage.ledger.items() if kind in ("weights", "masters", "moments"))
+        live, growth = (max(rank[name] for rank in same) for name in ("live", "resident_growth"))
+        row = {
+            "run": kind,
+            "ranks": ", ".join([*sizes, f"rank {first}"] if num_stages > 1 else sizes) or "one process",
+            "model": ", ".join(f"{key} {value}" for key, value in model.items()) or "bfloat16",
+            "tokens": int(found[0]["tokens"]),
+            "predicted MiB": f"{usage.peak / MIB:,.0f}",
+            "live MiB": f"{live / MIB:,.0f}",
+            "error": f"{usage.peak / live - 1:+.1%}",
+            "predicted growth MiB": f"{(usage.peak - standing) / MIB:,.0f}",
+            "resident growth MiB": f"{growth / MIB:,.0f}",
+        }
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -76,11 +92,11 @@ def main() -> None:
         plan_runs.make_inputs(folder, size="small", vocab_size=8192, num_words=120, pixels=(448, 448))
         rows = []
         for case in CASES:
-            rows.append(compare(folder, *case))
+            rows += compare(folder, *case)
             print(rows[-1], flush=True)
     body = "\n\n".join(
         [
-            "24 M parameters, steps of several full micro-batches, one thread per rank. Live is the most bytes of all "
+            "24 M parameters, steps of four full micro-batches, one thread per rank. Live is the most bytes of all "
             "tensors at once, each storage counted once; resident growth is that of the process within a step, above "
             "what it held before.",
             table(rows, list(rows[0])),

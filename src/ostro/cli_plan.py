@@ -62,7 +62,7 @@ def show_plan(plan: Plan, name: str) -> None:
         print(f"  a rank sends in a step, in {unit.name}: {sent or 'nothing'}")
         if choice.split.pp > 1:
             print(f"  its pipeline waits for {choice.step.idle:.0%} of the compute time")
-        print(f"  it holds, in {unit.name}, at its worst moment, the {choice.needs.usage.moment}:")
+        print(f"  it holds, in {unit.name}, at its worst moment, the {choice.needs.moment}:")
         _print_table(_part_rows(choice, unit))
 
 
@@ -77,10 +77,9 @@ def plan_as_json(plan: Plan) -> str:
             **dataclasses.asdict(choice.split),
             "fits": not choice.reason,
             "reason": choice.reason,
-            "peak_bytes": choice.needs.usage.peak,
-            "rank_0_bytes": choice.needs.rank_0,
-            "moment": choice.needs.usage.moment,
-            "bytes": {f"{part}.{kind}": size for (part, kind), size in choice.needs.usage.ledger.items()},
+            "peak_bytes": choice.needs.peak,
+            "moment": choice.needs.moment,
+            "bytes": {f"{part}.{kind}": size for (part, kind), size in choice.needs.ledger.items()},
             "sent_bytes": choice.step.sent,
             "micro_batches": choice.num_micro_batches,
             "step_s": choice.step.seconds,
@@ -104,6 +103,9 @@ def _facts(plan: Plan, name: str, unit: _Unit) -> Iterator[tuple[str, str]]:
     dtype = str(settings.dtype).removeprefix("torch.")
     yield "micro-batch", f"{settings.num_tokens:,} tokens{images}, in {dtype}; activations {recompute}"
     yield "step", f"{batch.num_samples:,} ({batch.key}) of {batch.sample_tokens:,} tokens, the most the recipe allows"
+    if not settings.is_embedder:
+        stages = f", {settings.stages_per_rank} stages on each rank" if settings.stages_per_rank > 1 else ""
+        yield "pipeline", f"{settings.schedule}{stages}"
     usable = f"{unit.show(int(plan.limit))} {unit.name} a rank"
     yield "fits", f"up to {usable}, {USABLE:.0%}: the rest is for CUDA, NCCL and gaps between tensors"
     links = f"{INSIDE / 1e9:.0f} GB/s in a machine, {BETWEEN / 1e9:.0f} between"
@@ -112,16 +114,16 @@ def _facts(plan: Plan, name: str, unit: _Unit) -> Iterator[tuple[str, str]]:
 
 def _choice_rows(choices: Sequence[Choice], settings: Settings, unit: _Unit) -> Iterator[list[str]]:
     other = "if kept" if settings.recompute else "if recomputed"
-    yield [*AXES, "holds", "rank 0", other, "sends", "micro-batches", "step s", "why not"]
+    yield [*AXES, "holds", other, "sends", "micro-batches", "step s", "why not"]
     for choice in choices:
         sizes = [str(vars(choice.split)[axis]) for axis in AXES]
-        held = (choice.needs.usage.peak, choice.needs.rank_0, choice.other.usage.peak, sum(choice.step.sent.values()))
+        held = (choice.needs.peak, choice.other.peak, sum(choice.step.sent.values()))
         counts = [*map(unit.show, held), str(choice.num_micro_batches), f"{choice.step.seconds:,.3g}"]
         yield [*sizes, *counts, choice.reason]
 
 
 def _part_rows(choice: Choice, unit: _Unit) -> Iterator[list[str]]:
-    ledger = choice.needs.usage.ledger
+    ledger = choice.needs.ledger
     yield ["", *KINDS, "all"]
     for part in PARTS:
         sizes = [ledger.get((part, kind), 0) for kind in KINDS]

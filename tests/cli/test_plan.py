@@ -26,7 +26,7 @@ def test_a_plan_shows_what_it_rests_on_and_the_best_split_by_part(ostro: Command
     title = next(number for number, line in enumerate(lines) if line.startswith("fits:"))
     assert lines[title] == "fits: 4 splits, best first, in MiB"
     header, *rows = lines[title + 1 : title + 6]
-    assert header.split()[:6] == ["pp", "dp_replicate", "dp_shard", "tp", "holds", "rank"]
+    assert header.split()[:6] == ["pp", "dp_replicate", "dp_shard", "tp", "holds", "if"]
     best = lines.index(next(line for line in lines if line.startswith("best:")))
     held = float(rows[0].split()[4].replace(",", ""))
     assert float(lines[-1].split()[-1].replace(",", "")) == pytest.approx(held, abs=0.1)

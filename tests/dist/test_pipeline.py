@@ -22,6 +22,7 @@ from ostro.models.packed import use_packed_attention
 from ostro.parallel.collectives import sum_over_ends
 from ostro.parallel.pipeline import Stage, fitting_number, keep_stages, own_stages, plan_stages, run_stages, running
 from ostro.parallel.options import ParallelOptions
+from ostro.plan.live import LiveBytes
 from ostro.train.export_run import export_checkpoint
 from ostro.train.recipe import VlmRecipe
 from ostro.train.vlm_loss import packed_loss, packed_states
@@ -157,6 +158,30 @@ def test_a_pipeline_takes_what_its_schedule_can_share_out() -> None:
     assert taken("1f1b", 2) == [2, 3, 5, 9, 17]
     assert taken("interleaved", 2) == [2, 3, 6, 10, 18]
     assert taken("interleaved", 8) == [8, 8, 8, 9, 18]
+
+
+def _peaks(group: dist.ProcessGroup) -> list[int]:
+    """Most bytes alive above those before, in steps of 4, 4 and 16 equal micro-batches."""
+    model, found = _whole(False), []
+    stages, batch = own_stages(model.config, group), _batch([0] * 40, torch.Generator().manual_seed(0))
+    keep_stages(model, stages)
+
+    def compute(stage: Stage, batch: ConversationBatch, received: torch.Tensor | None) -> torch.Tensor:
+        return packed_loss(model, batch, 1, received) if stage.is_last else packed_states(model, batch, received)
+
+    with LiveBytes() as live:
+        for number in (4, 4, 16):
+            before, travels = live.restart(), torch.empty(1, batch.num_tokens, 32, device="meta")
+            batches = [batch] * number
+            run_stages(model, stages, compute, batches, hidden_states=travels, group=group, schedule="1f1b")
+            found.append(live.peak - before)
+    return found
+
+
+def test_memory_does_not_grow_with_the_number_of_micro_batches(ranks: RankPool) -> None:
+    one_hidden_state = 280 * 32 * 4
+    for _, four, sixteen in ranks.run(_peaks):
+        assert sixteen < four + one_hidden_state
 
 
 def _without_memory(group: dist.ProcessGroup) -> str:

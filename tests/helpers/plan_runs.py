@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch.distributed as dist
 from PIL import Image
 
 from ostro.checkpoint.create import create_weights
-from ostro.models.packed import micro_batches
+from ostro.models.cpu_linear import round_rows
 from ostro.plan.live import LiveBytes
-from ostro.plan.splits import Choice, make_plan
+from ostro.plan.memory import Sizes, Usage
+from ostro.plan.splits import make_plan, usages
 from ostro.train.recipe import EmbedRecipe, VlmRecipe
 from tests.helpers.trainers import make_trainer
 from tests.unit.data.files import write_jsonl
@@ -56,21 +58,24 @@ def recipe(folder: Path, kind: str, *, num_samples: int, **blocks: dict[str, Any
     return (VlmRecipe if kind == "vlm" else EmbedRecipe).model_validate(settings)
 
 
-def predicted(recipe: Recipe, num_ranks: int, num_tokens: int, image_share: float) -> Choice:
-    """What a plan says of the split in `recipe`, on the CPU, for micro-batches of so many tokens."""
-    data = recipe.data.model_copy(update={"micro_batch_tokens": num_tokens})
+def predicted(recipe: Recipe, num_ranks: int, found: Mapping[str, float]) -> list[Usage]:
+    """What a plan says of each rank of the split in `recipe`, on the CPU, for the micro-batches that were measured."""
+    data = recipe.data.model_copy(update={"micro_batch_tokens": int(found["tokens"])})
     exact = recipe.model_copy(update={"data": data})
-    [choice] = make_plan(exact, num_gpus=num_ranks, memory_gib=1000, device="cpu", image_share=image_share).fitting
-    return choice
+    share = found["image_share"]
+    plan = make_plan(exact, num_gpus=num_ranks, memory_gib=1000, device="cpu", image_share=share)
+    [choice] = plan.fitting
+    by_stage = usages(Sizes(plan.settings), choice.split, int(found["micro_batches"]))
+    return [by_stage[rank * choice.split.pp // num_ranks] for rank in range(num_ranks)]
 
 
 def measured(group: dist.ProcessGroup | None, recipe: Recipe) -> dict[str, float]:
     """A step of the run of `recipe`, counted.
 
     Returns:
-        `live`: most bytes of tensors alive at once; `tokens` and `image_share` of its largest micro-batch; and in bytes
-        of resident memory `resident`: its peak above what the process held before the model, and `resident_growth`:
-        above what it held before the step.
+        `live`: most bytes of tensors alive at once; `micro_batches` of a step; `tokens` and `image_share` of the
+        largest; and in bytes of resident memory `resident`: its peak above what the process held before the model, and
+        `resident_growth`: above what it held before the step.
     """
     before = _status("VmRSS")
     trainer = make_trainer(recipe)
@@ -78,13 +83,16 @@ def measured(group: dist.ProcessGroup | None, recipe: Recipe) -> dict[str, float
     tokens, image_tokens = 0, 0
     if isinstance(recipe, VlmRecipe):
         largest = max(batch.micro_batches, key=lambda each: each.num_tokens)
-        tokens = largest.num_tokens
+        # the stages of a pipeline fill micro-batches up to one length
+        tokens = largest.num_tokens if recipe.parallel.pp == 1 else round_rows(largest.num_tokens)
+        num_micro_batches = len(batch.micro_batches)
         assert largest.image_sizes is not None
         image_tokens = int((largest.image_sizes // 28).prod(dim=-1).sum())
     else:
         lengths = [len(text) for text in batch.token_ids]
-        groups = micro_batches(lengths, recipe.data.micro_batch_tokens)
+        groups = trainer._micro_batches(lengths)  # type: ignore[attr-defined]
         tokens = max(sum(lengths[text] for text in group) for group in groups)
+        num_micro_batches = len(groups)
     trainer.train_step()
     live = LiveBytes()
     live.add([*trainer._module.parameters(), *trainer._module.buffers()])
@@ -100,6 +108,7 @@ def measured(group: dist.ProcessGroup | None, recipe: Recipe) -> dict[str, float
     trainer.batches.close()  # type: ignore[attr-defined]
     return {
         "live": live.peak,
+        "micro_batches": num_micro_batches,
         "tokens": tokens,
         "image_share": image_tokens / tokens,
         "resident": peak - before,

@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import DebugLevel, get_debug_level
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from transformers import Mistral3Config, PreTrainedConfig, PreTrainedModel
 
@@ -250,10 +251,13 @@ def run_stages(
     """
     device = next(model.parameters()).device
     travels = hidden_states.requires_grad_()
+    if get_debug_level() != DebugLevel.DETAIL:  # torch then compares strides
+        # one entry under that shape, in the place of which `_LeanStage` puts memory when it is needed
+        travels = hidden_states.new_empty(1).expand(hidden_states.shape).requires_grad_()
     number, loss = (torch.empty(1, dtype=torch.int64, device="meta"), torch.empty((), device="meta"))
     # shapes given here spare the schedule a trial run of model and loss
     parts = [
-        PipelineStage(
+        _LeanStage(
             _StageModule(model, stage, compute, batches),
             stage.index,
             stage.num_stages,
@@ -346,6 +350,33 @@ class _StageModule(torch.nn.Module):
             output = self._compute(self._stage, self._batches[int(number)], before)
         # text alone in front of layers that do not train: the next stage sends a gradient, which nothing needs
         return output if output.requires_grad else output.detach().requires_grad_()
+
+
+class _LeanStage(PipelineStage):
+    """Has memory for what it receives of a micro-batch from when that is due until its backward pass has used it.
+
+    torch has it for all micro-batches of a step from the beginning: with many of them, more than for all else.
+    """
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        if not self.is_first:
+            self._make_room(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if not self.is_last:
+            self._make_room(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        used = (() if self.is_first else self.args_recv_info[bwd_chunk_id], self.grad_recv_info[bwd_chunk_id])
+        for place in itertools.chain(*used):
+            place.buffer = None
+
+    def _make_room(self, places: Iterable[Any]) -> None:
+        for place in places:
+            place.buffer = torch.empty(place.buffer.shape, dtype=place.buffer.dtype, device=self.device)
 
 
 class _OwnLayers(torch.nn.ModuleList):

@@ -41,9 +41,10 @@ class Settings:
         image_share: Of those, the share that are image tokens, 0 to 1.
         device: Whose kernels run.
         num_texts: Queries and documents of a contrastive batch over all ranks; none for a vision-language model.
-        evaluates: Whether rank 0 evaluates the whole model on its device.
         tp_vision: Whether tensor-parallel ranks split the vision side, too.
         shard_frozen: Whether FSDP splits frozen weights, too.
+        schedule: Of a pipeline.
+        stages_per_rank: Of a pipeline.
     """
 
     config: PreTrainedConfig
@@ -54,7 +55,8 @@ class Settings:
     image_share: float
     device: DeviceKind
     num_texts: tuple[int, int] = (0, 0)
-    evaluates: bool = True
+    schedule: str = "1f1b"
+    stages_per_rank: int = 1
     tp_vision: bool = False
     shard_frozen: bool = True
 

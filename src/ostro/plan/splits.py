@@ -10,14 +10,17 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from transformers import Mistral3Config, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ostro.errors import OstroError, RecipeError
-from ostro.parallel.mesh import AXES, check_fits, check_vision_fits
-from ostro.parallel.pipeline import plan_stages
-from ostro.plan.memory import Sizes, Split, Stage, Usage, usage, whole_model
+from ostro.parallel.mesh import AXES, check_fits, check_schedule, check_vision_fits
+from ostro.parallel.options import ParallelOptions
+from ostro.parallel.pipeline import fitting_number, plan_stages
+from ostro.plan.memory import Share, Sizes, Split, Stage, Usage, usage
+from ostro.plan.orders import turns
 from ostro.plan.releases import read_config
 from ostro.plan.shapes import DeviceKind, Settings
 from ostro.plan.traffic import Step, step_traffic
@@ -31,30 +34,12 @@ USABLE = 0.9
 
 
 @dataclass(frozen=True)
-class Needs:
-    """Memory of the ranks of a split.
-
-    Attributes:
-        usage: Of the rank that trains the most expensive stage.
-        rank_0: Bytes of rank 0, with the whole model that it evaluates and exports.
-    """
-
-    usage: Usage
-    rank_0: int
-
-    @property
-    def peak(self) -> int:
-        """Bytes of the fullest rank."""
-        return max(self.usage.peak, self.rank_0)
-
-
-@dataclass(frozen=True)
 class Choice:
     """A split of the ranks that no rule forbids.
 
     Attributes:
         split: Its sizes.
-        needs: Memory as the recipe says.
+        needs: Memory of the fullest rank, as the recipe says.
         other: Memory with activation checkpointing where the recipe has none, or without where it has.
         step: Traffic and time.
         num_micro_batches: Of a rank in a step.
@@ -62,8 +47,8 @@ class Choice:
     """
 
     split: Split
-    needs: Needs
-    other: Needs
+    needs: Usage
+    other: Usage
     step: Step
     num_micro_batches: int
     reason: str
@@ -126,11 +111,6 @@ class Plan:
         advice = "lower data.micro_batch_tokens, freeze parts (model.freeze) or use more GPUs"
         if nearest.other.peak <= self.limit and not self.settings.recompute:
             advice = "set model.activation_checkpointing=true"
-        elif nearest.needs.usage.peak <= self.limit:
-            advice = (
-                "only rank 0 is too full: it holds the whole model besides, to evaluate it; leave out `evaluate` and "
-                "`test`"
-            )
         gpus = "1 GPU" if nearest.split.num_ranks == 1 else f"{nearest.split.num_ranks} GPUs"
         raise OstroError(
             f"--memory: nothing fits on {gpus}; the nearest, {nearest.split}, takes {peak} where "
@@ -180,7 +160,7 @@ def make_plan(
     choices, forbidden = [], []
     for split in _splits(recipe, num_gpus):
         num_micro_batches = _num_micro_batches(settings, batch, split)
-        if rule := _forbidden(settings, batch, split, num_micro_batches):
+        if rule := _forbidden(settings, batch, split, num_micro_batches, recipe.parallel):
             forbidden.append((split, rule))
             continue
         needs, other = (_needs(each, split, num_micro_batches) for each in (sizes, swapped))
@@ -194,18 +174,13 @@ def make_plan(
         )
         choices.append(Choice(split, needs, other, step, num_micro_batches, _too_large(needs, other, settings, limit)))
     fitting = sorted((choice for choice in choices if not choice.reason), key=_badness)
-    too_large = sorted((choice for choice in choices if choice.reason), key=lambda choice: _distance(choice, limit))
+    too_large = sorted((choice for choice in choices if choice.reason), key=lambda choice: choice.needs.peak)
     num_parameters = sum(weights.all for weights in sizes.counts(1).values())
     return Plan(settings, source, batch, num_parameters, limit, tuple(fitting), tuple(too_large), tuple(forbidden))
 
 
 def _badness(choice: Choice) -> tuple[float, int]:
     return choice.step.seconds, choice.needs.peak
-
-
-def _distance(choice: Choice, limit: float) -> tuple[bool, float]:
-    is_full = choice.needs.usage.peak > limit
-    return is_full, choice.needs.usage.peak if is_full else choice.step.seconds
 
 
 def _settings(
@@ -220,9 +195,10 @@ def _settings(
         image_share=image_share if isinstance(recipe, VlmRecipe) else 0.0,
         device=device,
         num_texts=_num_texts(recipe) if isinstance(recipe, EmbedRecipe) else (0, 0),
-        evaluates=isinstance(recipe, EmbedRecipe) or recipe.evaluate is not None or recipe.test is not None,
         tp_vision=recipe.parallel.tp_vision,
         shard_frozen=recipe.parallel.shard_frozen,
+        schedule=recipe.parallel.schedule,
+        stages_per_rank=recipe.parallel.stages_per_rank,
     )
 
 
@@ -241,8 +217,8 @@ def _batch(recipe: EmbedRecipe | VlmRecipe) -> Batch:
 
 def _splits(recipe: EmbedRecipe | VlmRecipe, num_gpus: int) -> Iterator[Split]:
     """Every product of four that makes up the ranks, with the sizes that the recipe sets."""
-    given = {axis: vars(recipe.parallel)[axis] for axis in AXES if axis in recipe.parallel.model_fields_set}
-    given = {axis: size for axis, size in given.items() if size != -1}
+    chosen = {axis: vars(recipe.parallel)[axis] for axis in AXES if axis in recipe.parallel.model_fields_set}
+    given = {axis: size for axis, size in chosen.items() if size != -1}
     product = math.prod(given.values())
     if product < 1 or num_gpus % product:
         shown = ", ".join(f"{axis} {size}" for axis, size in given.items())
@@ -250,8 +226,8 @@ def _splits(recipe: EmbedRecipe | VlmRecipe, num_gpus: int) -> Iterator[Split]:
         raise RecipeError(f"parallel.{key}: the sizes given ({shown}) must divide the {num_gpus} ranks of --gpus")
     divisors = [size for size in range(1, num_gpus + 1) if num_gpus % size == 0]
     found = False
-    for chosen in itertools.product(*([given[axis]] if axis in given else divisors for axis in AXES)):
-        split = Split(**dict(zip(AXES, chosen, strict=True)))
+    for sizes in itertools.product(*([given[axis]] if axis in given else divisors for axis in AXES)):
+        split = Split(**dict(zip(AXES, sizes, strict=True)))
         if split.num_ranks == num_gpus:
             found = True
             yield split
@@ -263,15 +239,16 @@ def _splits(recipe: EmbedRecipe | VlmRecipe, num_gpus: int) -> Iterator[Split]:
 def _num_micro_batches(settings: Settings, batch: Batch, split: Split) -> int:
     samples = math.ceil(batch.num_samples / split.num_data_ranks)
     together = max(settings.num_tokens // batch.sample_tokens, 1)
-    return math.ceil(samples / together)
+    number = math.ceil(samples / together)
+    # fewer than ranks are a rule broken
+    return number if number < split.pp else fitting_number(number, num_ranks=split.pp, schedule=settings.schedule)
 
 
-def _forbidden(settings: Settings, batch: Batch, split: Split, num_micro_batches: int) -> str:
+def _forbidden(settings: Settings, batch: Batch, split: Split, num_micro_batches: int, options: ParallelOptions) -> str:
     """The rule that a split breaks, whatever the memory; empty where it breaks none."""
-    if split.pp > 1 and settings.is_embedder:
-        return "parallel.pp: an embedder is not cut into stages"
     try:
-        check_fits(vars(split), settings.text_config)
+        check_schedule(options, split.pp)
+        check_fits(vars(split), settings.text_config, options.stages_per_rank)
         if settings.tp_vision:
             check_vision_fits(vars(split), settings.config)  # type: ignore[arg-type]
     except RecipeError as error:
@@ -285,35 +262,48 @@ def _forbidden(settings: Settings, batch: Batch, split: Split, num_micro_batches
     return ""
 
 
-def cut_layers(sizes: Sizes, split: Split, num_micro_batches: int) -> list[Stage]:
-    """The stages of a pipeline, as training cuts them; one for a run without.
+def cut_layers(sizes: Sizes, split: Split, num_micro_batches: int) -> list[Share]:
+    """What each rank of a pipeline has, as training cuts the layers; one rank for a run without.
 
     Args:
         sizes: Of the run.
         split: Of the ranks.
-        num_micro_batches: Of a step; the first of n stages keeps n of them at once (1F1B).
+        num_micro_batches: Of a step.
     """
-    settings = sizes.settings
-    if split.pp == 1:
-        return [Stage(settings.text_config.num_hidden_layers, True, True, min(1, num_micro_batches))]
-    assert isinstance(settings.config, Mistral3Config)  # an embedder has no pipeline
-    return [
-        Stage(len(stage.layers), stage.is_first, stage.is_last, min(split.pp - stage.index, num_micro_batches))
-        for stage in plan_stages(settings.config, split.pp)
-    ]
+    settings, pp = sizes.settings, split.pp
+    stages = [Stage(settings.text_config.num_hidden_layers)]
+    if pp > 1:
+        cut = plan_stages(settings.config, pp * settings.stages_per_rank)
+        stages = [Stage(len(stage.layers), stage.is_first, stage.is_last) for stage in cut]
+    order = partial(
+        turns,
+        settings.schedule if pp > 1 else "1f1b",
+        num_ranks=pp,
+        stages_per_rank=len(stages) // pp,
+        num_micro_batches=num_micro_batches,
+    )
+    return [Share(tuple(stages[rank::pp]), order(rank=rank)) for rank in range(pp)]
 
 
-def _needs(sizes: Sizes, split: Split, num_micro_batches: int) -> Needs:
-    usages = [usage(sizes, split, stage) for stage in cut_layers(sizes, split, num_micro_batches)]
-    return Needs(max(usages, key=lambda each: each.peak), usages[0].peak + whole_model(sizes, split))
+def usages(sizes: Sizes, split: Split, num_micro_batches: int) -> list[Usage]:
+    """Memory of each rank of a pipeline; of one rank for a run without.
+
+    Args:
+        sizes: Of the run.
+        split: Of the ranks.
+        num_micro_batches: Of a step.
+    """
+    return [usage(sizes, split, share) for share in cut_layers(sizes, split, num_micro_batches)]
 
 
-def _too_large(needs: Needs, other: Needs, settings: Settings, limit: float) -> str:
+def _needs(sizes: Sizes, split: Split, num_micro_batches: int) -> Usage:
+    return max(usages(sizes, split, num_micro_batches), key=lambda each: each.peak)
+
+
+def _too_large(needs: Usage, other: Usage, settings: Settings, limit: float) -> str:
     if needs.peak <= limit:
         return ""
     over = f"{needs.peak / GIB:,.1f} GiB for {limit / GIB:,.1f}"
-    if needs.usage.peak <= limit:
-        return f"{over} on rank 0, with the whole model"
     if other.peak <= limit and not settings.recompute:
         return f"{over}; fits with model.activation_checkpointing=true"
     return over

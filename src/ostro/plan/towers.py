@@ -43,13 +43,15 @@ class Tower:
         return self.fixed + num_layers * self.per_layer
 
 
-def text_tower(settings: Settings, *, tp: int, is_split: bool) -> Tower:
-    """The text layers and the final norm on a row of packed tokens.
+def text_tower(settings: Settings, *, tp: int, is_split: bool, has_gradient: bool, has_norm: bool) -> Tower:
+    """Text layers, and the final norm, on a row of packed tokens.
 
     Args:
         settings: Of the run.
         tp: Ranks that split a layer.
         is_split: Whether weights are split over ranks: a layer's gradients are then held until all of them are there.
+        has_gradient: Whether what comes before them wants one.
+        has_norm: Whether the norm comes after them; else another stage of a pipeline.
     """
 
     def measure(num_layers: int) -> tuple[int, int, int]:
@@ -57,7 +59,9 @@ def text_tower(settings: Settings, *, tp: int, is_split: bool) -> Tower:
         text = model if settings.is_embedder else model.model.language_model
         row = settings.num_tokens
         states = torch.empty(1, row, settings.text_config.hidden_size, dtype=settings.dtype, device="meta")
-        states.requires_grad_(not {"vision", "projector", "embeddings"} <= settings.frozen)
+        states.requires_grad_(has_gradient)
+        if not has_norm:
+            text.norm = torch.nn.Identity()
         inputs: dict[str, Any] = {
             "inputs_embeds": states,
             "position_ids": torch.empty(1, row, dtype=torch.int64, device="meta"),

@@ -78,7 +78,7 @@ def step_traffic(
         "tp": _ring(split.tp) * summed,
         "dp_shard": _ring(split.dp_shard) * (gathered + m * _FLOAT32 * total),
         "dp_replicate": _ring(split.dp_replicate) * 2 * reductions * _FLOAT32 * total / split.dp_shard,
-        "pp": float(2 * m * row) if split.pp > 1 else 0.0,
+        "pp": float(2 * settings.stages_per_rank * m * row) if split.pp > 1 else 0.0,
     }
     reach, traffic_s = 1, 0.0
     for axis in ("tp", "dp_shard", "dp_replicate", "pp"):
@@ -87,7 +87,8 @@ def step_traffic(
     whole = sizes.counts(1)
     matrices = whole["language_model"].all + whole.get("head", Counts()).all
     compute_s = 2 * matrices * num_tokens * (num_passes + settings.recompute + 2) / (split.num_ranks * FLOPS)
-    idle = (split.pp - 1) / (m + split.pp - 1)
+    # a rank that waits for another waits for one of its stages alone
+    idle = (split.pp - 1) / (settings.stages_per_rank * m + split.pp - 1)
     return Step({axis: int(size) for axis, size in sent.items()}, compute_s / (1 - idle) + traffic_s, idle)
 
 
