@@ -12,10 +12,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from ostro.train.options import Part
+from ostro.train.options import AnswerOptions, Part
 from ostro.train.parts import part_of
 from ostro.train.recipe import VlmRecipe
-from tests.dist import test_pipeline
+from tests.dist import test_pipeline, test_split_evaluation
 from tests.dist.test_data_parallel import (
     _compare,
     _laid_out,
@@ -28,10 +28,11 @@ from tests.dist.test_data_parallel import (
     vlm_recipe,
 )
 from tests.dist.test_pipeline import inputs as stages
+from tests.dist.test_split_evaluation import inputs as held_out
 from tests.helpers.ranks import RankPool
 from tests.helpers.trainers import make_trainer
 
-__all__ = ["inputs", "stages"]  # fixtures
+__all__ = ["held_out", "inputs", "stages"]  # fixtures
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,26 @@ def test_a_pipeline_has_the_same_choices(
     recipe = test_pipeline.mixed_recipe(stages, tmp_path, is_tied=False, freeze=freeze)
     results = ranks.run(_steps, test_pipeline._laid_out(recipe, dp_replicate=1, **sizes), 2, world_size=4)
     test_pipeline._compare(results, _steps(None, recipe, 2), is_split=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "freeze"),
+    [({"dp_shard": 2, "shard_frozen": False}, ("vision",)), ({"tp": 2, "tp_vision": True}, ())],
+    ids=str,
+)
+def test_answers_are_those_of_one_process(
+    ranks: RankPool, held_out: Path, tmp_path: Path, sizes: dict[str, Any], freeze: tuple[Part, ...]
+) -> None:
+    """Between steps: with pictures and without on one rank, without on the other."""
+    model = {"weights": str(held_out / "vlm" / "weights"), "dtype": "float32", "freeze": freeze}
+    recipe = vlm_recipe(held_out, tmp_path, model=model)
+    path = held_out / "vlm" / "data" / "held_out.jsonl"
+    options = AnswerOptions(path=str(path), max_new_tokens=5, batch_samples=2)
+    rows, reports = test_split_evaluation._answers(None, recipe, options)
+    split = test_split_evaluation.laid_out(recipe, sizes)
+    for rank_rows, rank_reports in ranks.run(test_split_evaluation._answers, split, options):
+        assert [report.answers for report in rank_reports] == [report.answers for report in reports]
+        assert [row["loss"] for row in rank_rows] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
 
 
 @pytest.mark.parametrize(
