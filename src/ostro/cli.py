@@ -24,7 +24,7 @@ import typer
 from ostro import __version__
 from ostro.checkpoint.presets import LAYOUT_NAMES, PRECISIONS, SIZES
 from ostro.cli_recipes import recipes_app
-from ostro.errors import DataError, OstroError, RecipeError, ToldElsewhere
+from ostro.errors import DataError, OstroError, RecipeError, ToldElsewhere, is_out_of_memory
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -127,6 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not isinstance(error, ToldElsewhere):
             print(f"error: {message}", file=sys.stderr)
         code = 1 if isinstance(error, OSError) else error.exit_code
+    except (RuntimeError, MemoryError) as error:
+        if debug or not is_out_of_memory(error):
+            raise
+        reason = (str(error) or type(error).__name__).partition("\n")[0]
+        print(f"error: memory ran out ({reason}); use smaller batches, or a machine with more memory", file=sys.stderr)
+        code = 1
     finally:
         logger.removeHandler(handler)
     sys.exit(code or 0)

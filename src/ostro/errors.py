@@ -61,7 +61,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     import torch  # here, as the command names its options without it
 
     # torch has no class for the host's: DefaultCPUAllocator raises a RuntimeError
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    is_of_host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_of_host or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def shorten(keys: Iterable[str]) -> str:

@@ -19,10 +19,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from ostro.checkpoint.train_state import latest_train_state
 from ostro.cli import main
+from ostro.inference.encoder import Encoder
 from ostro.models.tokenizer import cut_tekken
 from ostro.train.embed import EmbedTrainer
 from tests.cli.conftest import Command, Outcome
@@ -269,6 +271,14 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object
         return original(trainer)
 
     monkeypatch.setattr(EmbedTrainer, "train_step", train_step)
+
+
+def test_a_search_that_does_not_fit_the_memory(
+    ostro: Command, inputs: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Encoder, "encode_query", lambda encoder, texts: torch.empty(2**60))
+    told = failed(ostro("evaluate", inputs / "weights", "--data", data), 1, "memory ran out (")
+    assert "4611686018427387904 bytes" in told
 
 
 def test_a_second_ctrl_c_stops_at_once(

@@ -34,6 +34,7 @@ from torch.distributed.distributed_c10d import DebugLevel, get_debug_level
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from transformers import Mistral3Config, PreTrainedConfig, PreTrainedModel
 
+from ostro.errors import is_out_of_memory
 from ostro.parallel.plans import Plan
 
 logger = logging.getLogger(__name__)
@@ -275,7 +276,7 @@ def run_stages(
         inputs = (numbers,) if stages[0].is_first else ()
         runner.step(*inputs, number=numbers, target=numbers, losses=losses, return_outputs=False)
     except RuntimeError as error:
-        if isinstance(error.__cause__, torch.OutOfMemoryError):
+        if error.__cause__ is not None and is_out_of_memory(error.__cause__):
             raise error.__cause__ from error
         raise
     return float(sum(share.detach() for share in losses))

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from ostro.errors import OstroError, ToldElsewhere
+from ostro.errors import OstroError, ToldElsewhere, is_out_of_memory
 from ostro.train import metrics, runtime
 from ostro.train.options import TrackOptions, TrainOptions
 from ostro.train.trainer import Trainer
@@ -76,8 +75,11 @@ def run_steps(
                 if evaluate is not None and (last or _due(step, options.evaluate_every)):
                     is_best = trainer.is_best(trainer.judge(partial(evaluate, step, log, line)))
                     speed.restart()
-            except (OstroError, OSError, torch.OutOfMemoryError) as error:
-                if ranks.group is not None and isinstance(error, torch.OutOfMemoryError):
+            except (OstroError, OSError, RuntimeError, MemoryError) as error:
+                has_no_memory = is_out_of_memory(error)
+                if not has_no_memory and not isinstance(error, (OstroError, OSError)):
+                    raise
+                if ranks.group is not None and has_no_memory:
                     # the other ranks do not know, and wait for this one's gradients: a save would wait for them
                     raise runtime.out_of_memory(error) from error
                 path = trainer.save(folder)

@@ -74,14 +74,14 @@ def stopped_by(cause: Exception | signal.Signals, checkpoint: Path, step: int, n
     stand = f"Stopped after step {step} of {num_steps} and saved {checkpoint}; {how} the same command again to go on"
     if isinstance(cause, signal.Signals):
         return Stopped(f"received {cause.name}. {stand}", cause)
-    if isinstance(cause, torch.OutOfMemoryError):
+    if is_out_of_memory(cause):
         return OstroError(f"{out_of_memory(cause)}. {stand}")
     return OstroError(f"{cause}. {stand}")
 
 
-def out_of_memory(cause: torch.OutOfMemoryError) -> OstroError:
+def out_of_memory(cause: BaseException) -> OstroError:
     """The error of a step that did not fit, by the key to change."""
-    first_line = str(cause).splitlines()[0]
+    first_line = (str(cause) or type(cause).__name__).partition("\n")[0]
     return OstroError(f"data.micro_batch_tokens: too large for the memory ({first_line}); lower it")
 
 

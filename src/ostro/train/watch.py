@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 import torch
 import torch.distributed as dist
 
-from ostro.errors import ToldElsewhere
+from ostro.errors import ToldElsewhere, is_out_of_memory
 
 _DONE, _FAILED, _GONE = 1, 2, 3
 _FOREVER = datetime.timedelta(days=3650)
@@ -46,7 +46,7 @@ def watched(rank: int, world_size: int) -> Iterator[None]:
         yield
         word = _DONE
     except RuntimeError as error:  # a failed collective: gloo's have no class of their own
-        if isinstance(error, torch.OutOfMemoryError) or not watch.is_over.wait(_WORD_S):
+        if is_out_of_memory(error) or not watch.is_over.wait(_WORD_S):
             raise
         raise ToldElsewhere("another rank ended, which was told elsewhere") from error
     finally:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -175,21 +176,31 @@ def test_keys_that_change_no_result_may_change_when_a_run_goes_on(
     assert exported(tmp_path / "run").shape == (3, 192)
 
 
+def device_is_full() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore text")
+
+
+def host_is_full() -> None:
+    torch.empty(2**60)
+
+
+@pytest.mark.parametrize(("fill", "told"), [(device_is_full, "2 GiB."), (host_is_full, "4611686018427387904 bytes")])
 def test_running_out_of_memory_leaves_a_checkpoint_and_names_the_key(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fill: Callable[[], None], told: str
 ) -> None:
     original = embed.EmbedTrainer._backward
 
     def backward(trainer: embed.EmbedTrainer, batch: Any) -> Any:
         if trainer.step == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore text")
+            fill()
         return original(trainer, batch)
 
     monkeypatch.setattr(embed.EmbedTrainer, "_backward", backward)
     with pytest.raises(
-        OstroError, match=r"^data.micro_batch_tokens: too large .*2 GiB.\); lower it. Stopped after step 1"
-    ):
+        OstroError, match=r"^data.micro_batch_tokens: too large .*lower it. Stopped after step 1"
+    ) as caught:
         embed.run(recipe(inputs, tmp_path / "run"), console=quiet())
+    assert told in str(caught.value)
     assert latest_train_state(tmp_path / "run" / "checkpoints") is not None
 
 
