@@ -114,12 +114,29 @@ class ConversationEncoder:
             DataError: When it does not end with an assistant turn, its turns are in no order the template knows, an
                 image cannot be read, or it is too long.
         """
+        return self._encode_whole(conversation, self._read(conversation.messages))
+
+    def encode_held_out(self, conversation: Conversation) -> tuple[EncodedConversation, EncodedConversation]:
+        """A conversation as `encode` gives it, and as `encode_prompt` does without its last turn, the reference.
+
+        Its images are read once, and both hold the same.
+
+        Args:
+            conversation: It ends with an assistant turn.
+
+        Raises:
+            DataError: As both.
+        """
+        images = self._read(conversation.messages)
+        messages, _ = conversation.split_reference()
+        return self._encode_whole(conversation, images), self._encode_prompt(messages, images, conversation.where)
+
+    def _encode_whole(self, conversation: Conversation, images: Sequence[Pixels]) -> EncodedConversation:
         messages, where = conversation.messages, conversation.where
         if messages[-1].role != "assistant":
             raise DataError(
                 f"{where}: ends with the turn of role {messages[-1].role}; expected assistant, the answer to learn"
             )
-        images = self._read(messages)
         ids, labels, order = self._encode(messages, images, where, self._training)
         if len(ids) > self._max_tokens:
             ids, labels, order = self._truncate(conversation, images, len(ids))
@@ -139,10 +156,12 @@ class ConversationEncoder:
             DataError: When the last turn is not the user's, the turns are in no order the template knows, an image
                 cannot be read, or it is too long, whatever `too_long` says: a prompt is never cut.
         """
+        return self._encode_prompt(messages, self._read(messages), where)
+
+    def _encode_prompt(self, messages: Sequence[Message], images: Sequence[Pixels], where: str) -> EncodedConversation:
         if not messages or messages[-1].role != "user":
             last = f"the turn of role {messages[-1].role}" if messages else "nothing"
             raise DataError(f"{where}: ends with {last}; expected a user turn to answer")
-        images = self._read(messages)
         ids, _, order = self._encode(messages, images, where, self._generating)
         if len(ids) > self._max_tokens:
             raise DataError(f"{where}: has {len(ids)} tokens, more than {self._max_tokens}; shorten it or its images")

@@ -106,8 +106,8 @@ def evaluate_answers(
     """
     own, encoder = judges.data.share_of(conversations), chat.encoder
     with judges.ranks.agreed():
-        prompts = [encoder.encode_prompt(conversation.split_reference()[0]) for conversation in own]
-        samples = [encoder.encode(conversation) for conversation in own]
+        pairs = [encoder.encode_held_out(conversation) for conversation in own]
+        samples, prompts = [whole for whole, _ in pairs], [prompt for _, prompt in pairs]
     answers = chat.answer_prompts(prompts, max_new_tokens=options.max_new_tokens, batch_samples=options.batch_samples)
     loss = held_out_loss(chat.model, samples, encoder.image_tokens, judges, micro_batch_tokens=_EVALUATION_TOKENS)
     return AnswerReport(tuple(conversations), tuple(judges.data.gather_shares(answers)), loss)

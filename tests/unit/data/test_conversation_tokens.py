@@ -16,6 +16,7 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.image import ImageConfig, ImageEncoder, SpecialImageIDs
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
+from ostro.data import conversation_tokens
 from ostro.data.conversation import Conversation, ImagePart, Message, Role, TextPart
 from ostro.data.conversation_tokens import NOTHING, ConversationEncoder, EncodedConversation
 from ostro.data.images import ImageSource, ImageTokens
@@ -119,6 +120,23 @@ def test_ids_are_those_of_the_librarys_front_door(
         assert prompt.token_ids == _reference(folder, asked, monkeypatch, prompt=True)
         assert prompt.token_ids[-1] == END_INST
         assert set(prompt.labels) == {NOTHING}
+
+
+@pytest.mark.parametrize("name", [name for name in CONVERSATIONS if name != "one speaker twice"])
+def test_a_held_out_conversation_is_both_of_its_forms_with_images_read_once(
+    encoder: ConversationEncoder, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    conversation = _conversation(CONVERSATIONS[name])
+    expected = encoder.encode(conversation), encoder.encode_prompt(conversation.messages[:-1], WHERE)
+    read, original = [], conversation_tokens.read_pixels
+    monkeypatch.setattr(
+        conversation_tokens, "read_pixels", lambda image, tokens: read.append(image) or original(image, tokens)
+    )
+    for given, wanted in zip(encoder.encode_held_out(conversation), expected, strict=True):
+        assert (given.token_ids, given.labels, given.where) == (wanted.token_ids, wanted.labels, wanted.where)
+        assert len(given.images) == len(wanted.images)
+        assert all(map(np.array_equal, given.images, wanted.images))
+    assert len(read) == len(expected[0].images)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
