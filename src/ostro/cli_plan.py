@@ -103,9 +103,8 @@ def _facts(plan: Plan, name: str, unit: _Unit) -> Iterator[tuple[str, str]]:
     dtype = str(settings.dtype).removeprefix("torch.")
     yield "micro-batch", f"{settings.num_tokens:,} tokens{images}, in {dtype}; activations {recompute}"
     yield "step", f"{batch.num_samples:,} ({batch.key}) of {batch.sample_tokens:,} tokens, the most the recipe allows"
-    if not settings.is_embedder:
-        stages = f", {settings.stages_per_rank} stages on each rank" if settings.stages_per_rank > 1 else ""
-        yield "pipeline", f"{settings.schedule}{stages}"
+    stages = f", {settings.stages_per_rank} stages on each rank" if settings.stages_per_rank > 1 else ""
+    yield "pipeline", f"{settings.schedule}{stages}"
     usable = f"{unit.show(int(plan.limit))} {unit.name} a rank"
     yield "fits", f"up to {usable}, {USABLE:.0%}: the rest is for CUDA, NCCL and gaps between tensors"
     links = f"{INSIDE / 1e9:.0f} GB/s in a machine, {BETWEEN / 1e9:.0f} between"

@@ -45,7 +45,8 @@ def _rows(block: dict[str, Any], definitions: dict[str, Any], prefix: str) -> It
             default = "required" if default == "required" else "" if field.get("default") is not None else "`null`"
         else:
             value = _value(field)
-        yield f"| `{key}` | {value} | {default} | {field.get('description', '')} |\n".replace("|  |", "| |")
+        meaning = " ".join(field.get("description", "").split())
+        yield f"| `{key}` | {value} | {default} | {meaning} |\n".replace("|  |", "| |")
         if inner is not None:
             yield from _rows(inner, definitions, f"{key}.0." if field.get("type") == "array" else f"{key}.")
 

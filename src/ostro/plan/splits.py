@@ -82,7 +82,7 @@ class Plan:
         num_parameters: Of the whole model.
         limit: Bytes that a rank may hold.
         fitting: Best first: the shortest step, of equal ones the smaller peak.
-        too_large: Nearest first: those that only rank 0 has no room for, as above; then by their peak.
+        too_large: Nearest first, by their peak.
         forbidden: Splits that a rule forbids, whatever the memory, and the rule.
     """
 

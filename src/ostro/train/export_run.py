@@ -59,7 +59,7 @@ def export_checkpoint(
 def _export_embedder(recipe: EmbedRecipe, checkpoint: Path, output: Path) -> int:
     from ostro.train import embed, embed_result
 
-    embedder, tokenizer = embed.build_embedder(recipe, is_resumed=True)
+    embedder, tokenizer = embed.build_embedder(recipe, is_resumed=True, device=torch.device("cpu"))
     loss_weights = {"log_temperature": torch.zeros(())} if recipe.loss.learned_temperature else {}
     step = load_weights(checkpoint, embedder, loss_weights)
     encoder = embed_result.run_encoder(recipe, embedder.eval(), tokenizer)
@@ -70,7 +70,7 @@ def _export_embedder(recipe: EmbedRecipe, checkpoint: Path, output: Path) -> int
 def _export_vlm(recipe: VlmRecipe, checkpoint: Path, output: Path) -> int:
     from ostro.train import vlm, vlm_result
 
-    model, _ = vlm.build_model(recipe, is_resumed=True)
+    model, _ = vlm.build_model(recipe, is_resumed=True, device=torch.device("cpu"))
     step = load_weights(checkpoint, model)
     vlm_result.export(recipe, model.eval(), output, step=step)
     return step
