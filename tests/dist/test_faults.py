@@ -306,13 +306,27 @@ def refuse_scores(rank: int) -> None:
         metrics.MetricsFile.log = log  # type: ignore[method-assign]
 
 
-def test_scores_that_find_no_room_stop_all_with_a_checkpoint(inputs: Path, tmp_path: Path) -> None:
+def refuse_lines(rank: int) -> None:
+    """What rank 0 prints to is full."""
+
+    def show(line: metrics.LiveLine, step: int, row: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if rank == 0:
+        metrics.LiveLine.show = show  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("before", "step"), [(refuse_scores, 3), (refuse_lines, 1)])
+def test_scores_and_lines_that_find_no_room_stop_all_with_a_checkpoint(
+    inputs: Path, tmp_path: Path, before: Callable[[int], None], step: int
+) -> None:
     recipe = runs.recipe(inputs, tmp_path / "run").model_dump(mode="json", exclude_unset=True)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "test": None}))
-    with Launch([str(tmp_path / "recipe.yaml")], tmp_path / "logs", before=refuse_scores) as launch:
+    with Launch([str(tmp_path / "recipe.yaml")], tmp_path / "logs", before=before) as launch:
         assert launch.wait(30) == [1, 1]
         [told] = errors(launch)
-        assert "No space left on device). Stopped after step 3 of 6 and saved" in told
+        assert "No space left on device" in told
+        assert f". Stopped after step {step} of 6 and saved" in told
 
 
 def test_a_checkpoint_of_another_model_is_told_once(recipe_file: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ostro.errors import CheckpointError
 from ostro.models.folder import is_local
@@ -28,7 +28,7 @@ def fetch_weights(path: str | Path) -> Path:
         return Path(path)
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(
             f"{path}: neither a folder here nor a model that can be had from the hub ({str(error).splitlines()[0]})"
         ) from error

@@ -24,7 +24,8 @@ class OneDnnLinear(torch.nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input @ weight.T`, `[..., in]` to `[..., out]`."""
         plain = input.device.type != "cpu" or input.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-        # a vector, an empty batch or a DTensor has no oneDNN form
+        # a vector, an empty batch, a DTensor or what a compiler sees has no oneDNN form
+        plain = plain or torch.compiler.is_compiling()
         if plain or type(input) is not torch.Tensor or input.ndim < 2 or input.numel() == 0:
             return super().forward(input)
         return F.linear(input.to_mkldnn(), self.weight).to_dense()

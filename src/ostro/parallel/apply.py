@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ostro.errors import RecipeError
-from ostro.parallel.mesh import Mesh, check_fits
+from ostro.parallel.mesh import Mesh
 from ostro.parallel.plans import TOKENWISE, Plan, Role
 from ostro.parallel.vocabulary import SplitEmbedding, SplitHead
 
@@ -63,22 +63,20 @@ def prepare(
     Args:
         model: On any device, also the meta device.
         plan: How its layers are split.
-        mesh: Of the run; None for one process.
+        mesh: Of the run, which `check_fits` has passed; None for one process.
         activation_checkpointing: Whether layers compute their activations again.
         compiled: Whether parts of layers are compiled.
         compute_dtype: What parameters split over `dp_shard` are gathered as, as in `shard_parameters`.
         shard_frozen: Whether those include frozen ones, as there.
 
     Raises:
-        RecipeError: When the model cannot be cut as the mesh asks, or torch cannot compile on this machine.
+        RecipeError: When torch cannot compile on this machine.
         ValueError: When a pattern of the plan matches nothing.
 
     Distributed: no collectives; `model` must be the same on every rank.
     """
-    if mesh is not None:
-        check_fits(mesh.sizes, model.config.get_text_config())
-        if (tp := mesh.along("tp")) is not None:
-            split_layers(model, plan, tp)
+    if mesh is not None and (tp := mesh.along("tp")) is not None:
+        split_layers(model, plan, tp)
     if activation_checkpointing:
         checkpoint_activations(model)
     if compiled:
@@ -196,7 +194,7 @@ def compile_layers(model: torch.nn.Module) -> None:
 @functools.cache
 def _check_compiler(backend: str) -> None:
     """Compiles a trifle, so that a missing compiler shows before weights are read."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         torch.compile(torch.nn.SiLU(), backend=backend)(torch.ones(8, device=device))
     except RuntimeError as error:

@@ -10,7 +10,7 @@ by the number of ranks, trains on something else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -161,11 +161,41 @@ def sum_over_ends(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> 
     for tensor in tensors:
         for piece in tensor.view(-1).split(_BUCKET_ENTRIES):
             other = torch.empty_like(piece)
-            messages = ((dist.isend, piece), (dist.irecv, other))
-            ops = [dist.P2POp(op, part, group=group, group_peer=peer) for op, part in messages]
-            for work in dist.batch_isend_irecv(ops):
-                work.wait()
+            _exchange(((dist.isend, piece), (dist.irecv, other)), group, peer)
             piece += other
+
+
+def send(tensor: torch.Tensor, group: dist.ProcessGroup, peer: int) -> None:
+    """Sends a tensor to a rank that calls `receive`.
+
+    Args:
+        tensor: Contiguous.
+        group: Both ranks are in it.
+        peer: Number of the other one in the group.
+
+    Distributed: one message.
+    """
+    _exchange(((dist.isend, tensor),), group, peer)
+
+
+def receive(tensor: torch.Tensor, group: dist.ProcessGroup, peer: int) -> None:
+    """Receives into a tensor what another rank sends by `send`.
+
+    Args:
+        tensor: Contiguous, of the shape and dtype of what is sent.
+        group: Both ranks are in it.
+        peer: Number of the other one in the group.
+
+    Distributed: one message.
+    """
+    _exchange(((dist.irecv, tensor),), group, peer)
+
+
+def _exchange(messages: Sequence[tuple[Callable[..., Any], torch.Tensor]], group: dist.ProcessGroup, peer: int) -> None:
+    """Messages to and from one rank, as a batch: NCCL would make another communicator for a single one."""
+    ops = [dist.P2POp(op, part, group=group, group_peer=peer) for op, part in messages]
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
 
 
 def _sum_in_place(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:

@@ -168,9 +168,11 @@ def check_fits(sizes: Mapping[str, int], config: PreTrainedConfig, stages_per_ra
             f"parallel.pp: must be at most the model's num_hidden_layers, {num_layers}, got {sizes['pp']}"
         )
     if sizes["pp"] * stages_per_rank > num_layers:
+        at_most = num_layers // sizes["pp"]
+        advice = "" if at_most > 1 else "; lower parallel.pp, or take another parallel.schedule"
         raise RecipeError(
-            f"parallel.stages_per_rank: must be at most {num_layers // sizes['pp']}, as parallel.pp={sizes['pp']} "
-            f"shares the model's num_hidden_layers, {num_layers}, got {stages_per_rank}"
+            f"parallel.stages_per_rank: must be at most {at_most}, as parallel.pp={sizes['pp']} "
+            f"shares the model's num_hidden_layers, {num_layers}, got {stages_per_rank}{advice}"
         )
 
 

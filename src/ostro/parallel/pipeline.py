@@ -35,6 +35,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from transformers import Mistral3Config, PreTrainedConfig, PreTrainedModel
 
 from ostro.errors import is_out_of_memory
+from ostro.parallel.collectives import receive, send
 from ostro.parallel.plans import Plan
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,10 @@ logger = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 
 _SCHEDULES: dict[str, Any] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe, "interleaved": ScheduleInterleaved1F1B}
+
+
+# Before 2.12, torch always compares the strides of what it receives, and so needs memory for all of it.
+_COMPARES_STRIDES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
 
 
 @dataclass(frozen=True)
@@ -251,14 +256,14 @@ def run_stages(
         micro-batch; before that two small messages.
     """
     device = next(model.parameters()).device
-    travels = hidden_states.requires_grad_()
-    if get_debug_level() != DebugLevel.DETAIL:  # torch then compares strides
+    travels, make_part = hidden_states.requires_grad_(), PipelineStage
+    if not _COMPARES_STRIDES and get_debug_level() != DebugLevel.DETAIL:
         # one entry under that shape, in the place of which `_LeanStage` puts memory when it is needed
-        travels = hidden_states.new_empty(1).expand(hidden_states.shape).requires_grad_()
+        travels, make_part = hidden_states.new_empty(1).expand(hidden_states.shape).requires_grad_(), _LeanStage
     number, loss = (torch.empty(1, dtype=torch.int64, device="meta"), torch.empty((), device="meta"))
     # shapes given here spare the schedule a trial run of model and loss
     parts = [
-        _LeanStage(
+        make_part(
             _StageModule(model, stage, compute, batches),
             stage.index,
             stage.num_stages,
@@ -308,11 +313,11 @@ def pass_through(
     """
     for stage in stages:
         if not stage.is_first:
-            dist.recv(states, group=group, group_src=(stage.index - 1) % group.size())
+            receive(states, group, (stage.index - 1) % group.size())
         with running(model, stage):
             output = compute(stage, None if stage.is_first else states).contiguous()
         if not stage.is_last:
-            dist.send(output, group=group, group_dst=(stage.index + 1) % group.size())
+            send(output, group, (stage.index + 1) % group.size())
     return output
 
 

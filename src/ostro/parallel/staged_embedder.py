@@ -22,7 +22,11 @@ from ostro.parallel.pipeline import Stage, keep_stages, pass_through, run_stages
 
 
 class StagedEmbedder(Embedder):
-    """The part of an embedder that a rank of a pipeline holds; all its ranks call the methods with the same texts."""
+    """The part of an embedder that a rank of a pipeline holds; all its ranks call the methods with the same texts.
+
+    Attributes:
+        stages: Which part that is.
+    """
 
     def __init__(
         self,
@@ -49,7 +53,7 @@ class StagedEmbedder(Embedder):
             raise RecipeError(f"parallel.pp: needs a model whose attention_dropout is 0, got {dropout}; set it to 0")
         super().__init__(backbone, pooling=pooling)
         keep_stages(backbone, stages)
-        self._stages, self._group, self._dtype = tuple(stages), group, dtype
+        self.stages, self._group, self._dtype = tuple(stages), group, dtype
 
     def forward(self, packed: PackedTexts) -> torch.Tensor:
         """The vectors `[B, D]` of packed texts, without gradients, on all ranks.
@@ -82,8 +86,8 @@ class StagedEmbedder(Embedder):
         num_rows = packed_rows(packed.num_tokens, self.device, self._dtype)
         states = torch.empty(1, num_rows, self.num_dims, dtype=self._dtype, device=self.device)
         compute = partial(self._stage_output, packed=packed, num_rows=num_rows)
-        vectors = pass_through(self.backbone, self._stages, compute, states, group=self._group)
-        is_last = self._stages[-1].is_last
+        vectors = pass_through(self.backbone, self.stages, compute, states, group=self._group)
+        is_last = self.stages[-1].is_last
         return vectors if is_last else torch.zeros(packed.num_texts, self.num_dims, device=self.device)
 
     def backward(self, texts: Sequence[PackedTexts], gradients: Sequence[torch.Tensor], schedule: str) -> None:
@@ -107,7 +111,7 @@ class StagedEmbedder(Embedder):
 
         run_stages(
             self.backbone,
-            self._stages,
+            self.stages,
             compute,
             range(len(texts)),
             hidden_states=torch.empty(1, num_rows, self.num_dims, dtype=self._dtype, device="meta"),

@@ -102,7 +102,7 @@ def evaluate_answers(
     Raises:
         DataError: When an image cannot be read or a conversation is too long.
 
-    Distributed: two gathers of answers, and the collectives of decoding and loss.
+    Distributed: a gather of answers, as `Ranks.agreed`, and the collectives of decoding and loss.
     """
     own, encoder = judges.data.share_of(conversations), chat.encoder
     with judges.ranks.agreed():

@@ -199,6 +199,8 @@ class EmbedTrainer(Trainer):
         self.recipe = recipe
         self._embedder = embedder
         self.batches = loader
+        if isinstance(embedder, StagedEmbedder):
+            self.own_stages = embedder.stages
         self._temperature: LearnedTemperature | None = None
         if recipe.loss.learned_temperature:
             self._temperature = LearnedTemperature(recipe.loss.temperature).to(embedder.device)

@@ -83,7 +83,8 @@ def evaluate_untrained(recipe: EmbedRecipe, encoder: Encoder, judges: Judges, lo
         report = search(recipe.test, encoder, judges)
         text = json.dumps(dict(report.metrics)) + "\n"
         judges.ranks.on_main(lambda: (Path(recipe.output) / "untrained.json").write_text(text, encoding="utf-8"))
-        line.say(f"before training  {_one_line(report.metrics)}")
+        with judges.ranks.agreed():
+            line.say(f"before training  {_one_line(report.metrics)}")
 
 
 def evaluate_during(
@@ -91,7 +92,8 @@ def evaluate_during(
 ) -> float:
     """Scores the model after `step` steps, and gives the first metric; `judges` share the texts."""
     report = _search_and_log(options, encoder, judges, step, log)
-    line.say(f"step {step}  {options.split}  {_one_line(report.metrics)}")
+    with judges.ranks.agreed():  # also the disk it prints to
+        line.say(f"step {step}  {options.split}  {_one_line(report.metrics)}")
     return next(iter(report.metrics.values()))
 
 

@@ -48,8 +48,7 @@ def run_steps(
         Stopped: When a signal asked for a stop; a checkpoint was written.
         OstroError: When a step or an evaluation failed; what was done until then is in a checkpoint.
 
-    Distributed: rank 0 logs and writes while the others wait; who evaluates says `Trainer.judge`. All stop after the
-        same step.
+    Distributed: rank 0 logs and writes while the others wait; all evaluate, and all stop after the same step.
     """
     num_steps, ranks = trainer.num_steps, trainer.ranks
     with (
@@ -61,7 +60,7 @@ def run_steps(
             trainer.judge(lambda: before(log, line))
         speed = metrics.Throughput(trainer.peak_flops)
         while trainer.step < num_steps:
-            is_best = False
+            is_best, doing = False, "data.micro_batch_tokens"
             try:
                 row = trainer.train_step()
                 speed.add(row.pop("flops", 0.0), int(row["num_tokens"]))
@@ -69,10 +68,11 @@ def run_steps(
                 step, last = trainer.step, trainer.step == num_steps
                 if step % options.log_every == 0 or last:
                     row |= speed.read()
-                    with ranks.agreed():  # rank 0's disk may be full
+                    with ranks.agreed():  # rank 0's disk may be full, also where it prints to
                         log.row(step, row)
-                    line.show(step, row)
+                        line.show(step, row)
                 if evaluate is not None and (last or _due(step, options.evaluate_every)):
+                    doing = "evaluate"
                     is_best = trainer.is_best(trainer.judge(partial(evaluate, step, log, line)))
                     speed.restart()
             except (OstroError, OSError, RuntimeError, MemoryError) as error:
@@ -81,10 +81,11 @@ def run_steps(
                     raise
                 if ranks.group is not None and has_no_memory:
                     # the other ranks do not know, and wait for this one's gradients: a save would wait for them
-                    raise runtime.out_of_memory(error) from error
+                    raise runtime.out_of_memory(doing, error) from error
                 path = trainer.save(folder)
                 trainer.finish_saving()
-                raise runtime.stopped_by(error, path, trainer.step, num_steps) from error
+                cause = runtime.out_of_memory(doing, error) if has_no_memory else error
+                raise runtime.stopped_by(cause, path, trainer.step, num_steps) from error
             number = ranks.maximum(_SAVE_FAILED if trainer.saver.has_failed else stop.signal_number or 0)
             if number == _SAVE_FAILED:
                 trainer.finish_saving()

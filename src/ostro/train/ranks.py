@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Longer than rank 0 takes for an evaluation or an export, while the others wait; a rank that dies is noticed at once.
+# Longer than rank 0 takes for an export, while the others wait; a rank that dies is noticed at once.
 _TIMEOUT = datetime.timedelta(hours=4)
 # How long the ranks wait for each other at the start.
 _MEETING = datetime.timedelta(minutes=10)
@@ -59,7 +59,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone writes, prints and evaluates."""
+        """Whether this is rank 0, which alone writes and prints."""
         return self.rank == 0
 
     @property

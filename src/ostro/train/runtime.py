@@ -74,15 +74,21 @@ def stopped_by(cause: Exception | signal.Signals, checkpoint: Path, step: int, n
     stand = f"Stopped after step {step} of {num_steps} and saved {checkpoint}; {how} the same command again to go on"
     if isinstance(cause, signal.Signals):
         return Stopped(f"received {cause.name}. {stand}", cause)
-    if is_out_of_memory(cause):
-        return OstroError(f"{out_of_memory(cause)}. {stand}")
     return OstroError(f"{cause}. {stand}")
 
 
-def out_of_memory(cause: BaseException) -> OstroError:
-    """The error of a step that did not fit, by the key to change."""
+def out_of_memory(key: str, cause: BaseException) -> OstroError:
+    """The error of what did not fit.
+
+    Args:
+        key: Of the recipe: of the micro-batches, or of an evaluation.
+        cause: What was raised.
+    """
     first_line = (str(cause) or type(cause).__name__).partition("\n")[0]
-    return OstroError(f"data.micro_batch_tokens: too large for the memory ({first_line}); lower it")
+    what, how = "too large for the memory", "lower it"
+    if key == "evaluate":
+        what, how = "does not fit the memory", "lower evaluate.batch_samples, or split the model"
+    return OstroError(f"{key}: {what} ({first_line}); {how}")
 
 
 @contextmanager

@@ -48,10 +48,11 @@ class SplitChat(Chat):
         num_batches = -(-len(prompts) // batch_samples)
         missing = self._judges.in_step.maximum(num_batches) - num_batches
         answers = super().answer_prompts(prompts, max_new_tokens=max_new_tokens, batch_samples=batch_samples)
+        training = self.model.training
         self.model.eval()
         for _ in range(missing):
             self._generate([], max_new_tokens)
-        self.model.train()
+        self.model.train(training)
         return answers
 
     # inference mode would leave its tensors in the buffers of FSDP2, where training meets them
@@ -63,7 +64,7 @@ class SplitChat(Chat):
         rows = [*prompts, self._blank(needs_image)] if needs_image or not prompts else prompts
         inputs = self._inputs(rows)
         token_ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
-        cache, done = DynamicCache(), torch.zeros(len(rows), dtype=torch.bool, device=mask.device)
+        cache, done = DynamicCache(), torch.arange(len(rows), device=mask.device) >= len(prompts)
         generated = []
         for _ in range(max_new_tokens):
             new = self._next(token_ids, mask, cache, inputs).masked_fill(done, stop)

@@ -28,7 +28,7 @@ from ostro.checkpoint.train_state import (
 )
 from ostro.errors import CheckpointError
 from ostro.parallel.apply import free_gathered
-from ostro.parallel.collectives import gather_whole, sum_over_ends
+from ostro.parallel.collectives import gather_whole, receive, send, sum_over_ends
 from ostro.parallel.gradients import average_gradients, local_part, reduce_gradients
 from ostro.parallel.mesh import AXES, Mesh
 from ostro.parallel.pipeline import Stage
@@ -166,8 +166,8 @@ class Trainer(abc.ABC):
         Raises:
             OstroError: When the gradient norm is not finite; `state` is still that before the step.
 
-        Distributed: one reduction of the gradients, whatever the micro-batches of each rank were. All ranks then take
-            the same step, to the same bits.
+        Distributed: one reduction of the gradients, whatever the micro-batches of each rank were; in a pipeline also of
+            what several stages hold. All ranks then take the same step, to the same bits.
         """
         reduce_gradients(self._weights.values(), self.mesh)
         if self.stages.group is not None:
@@ -219,12 +219,13 @@ class Trainer(abc.ABC):
             full = gather_whole(weight) if isinstance(weight, DTensor) else weight.detach()
             if targets:
                 targets[name].copy_(full)
-            elif leads_to_main:
-                dist.send(full.contiguous(), group=group, group_dst=0)
+            elif group is not None and leads_to_main:
+                send(full.contiguous(), group, 0)
         for stage, held in enumerate(others if targets else (), 1):
+            assert group is not None  # there are other stages
             for name, (shape, dtype) in held.items():
                 full = torch.empty(shape, dtype=dtype, device=device)
-                dist.recv(full, group=group, group_src=stage)
+                receive(full, group, stage)
                 targets[name].copy_(full)
         return whole or model
 
@@ -268,16 +269,16 @@ class Trainer(abc.ABC):
             best=self._best,
         )
 
-    def is_best(self, score: float | None) -> bool:
+    def is_best(self, score: float) -> bool:
         """Whether an evaluation after the last step is better than all before; it is then the one to beat.
 
         Args:
-            score: Higher is better; None on ranks that do not evaluate.
+            score: Higher is better.
 
         Distributed: rank 0's score counts.
         """
         score = self.ranks.gather(score)[0]
-        is_best = score is not None and (self._best is None or score > self._best[1])
+        is_best = self._best is None or score > self._best[1]
         if is_best:
             self._best = (self.step, score)
         return is_best

@@ -259,7 +259,7 @@ class VlmTrainer(Trainer):
                 num_batches=len(step.micro_batches),
                 num_images=step.num_images,
                 image_tokens=self.batches.image_tokens,
-                ranks=self.data,
+                ranks=self.judges.in_step,
                 fit=partial(_fitting, self.recipe),
             )
         )

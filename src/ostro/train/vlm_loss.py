@@ -154,7 +154,7 @@ def held_out_loss(
         judges: The ranks.
         micro_batch_tokens: Tokens per forward pass.
 
-    Distributed: three reductions, and the collectives of the passes.
+    Distributed: three reductions, the collectives of the passes, and where ranks run in step those of `in_step`.
     """
     [num_supervised] = map(int, judges.data.sum([sum(sample.num_supervised for sample in samples)]))
     groups = micro_batches([len(sample.token_ids) for sample in samples], micro_batch_tokens)

@@ -78,7 +78,8 @@ def evaluate_untrained(recipe: VlmRecipe, chat: Chat, judges: Judges, log: RunLo
         report = answer_test(recipe.test, chat, judges)
         text = json.dumps(report.metrics) + "\n"
         judges.ranks.on_main(lambda: (Path(recipe.output) / "untrained.json").write_text(text, encoding="utf-8"))
-        line.say(f"before training  {summarise(report.metrics)}")
+        with judges.ranks.agreed():
+            line.say(f"before training  {summarise(report.metrics)}")
 
 
 def evaluate_during(
@@ -86,7 +87,8 @@ def evaluate_during(
 ) -> float:
     """Scores the model after `step` steps, and gives the first metric; `judges` share the conversations."""
     metrics = _evaluate_and_log(options, chat, judges, step, log)
-    line.say(f"step {step}  held out  {summarise(metrics)}")
+    with judges.ranks.agreed():  # also the disk it prints to
+        line.say(f"step {step}  held out  {summarise(metrics)}")
     return next(iter(metrics.values()))
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ostro.checkpoint.auto import AutoModelForImageTextToText
+from ostro.checkpoint.fetch import fetch_weights
 from ostro.checkpoint.load import load_vlm
 from ostro.errors import CheckpointError, LayoutError
 from tests.helpers.fp8_folder import edit_weights, write_fp8_folder
@@ -248,3 +249,8 @@ def test_a_mistral_tower_needs_no_query_scale(tmp_path: Path) -> None:
     write_fp8_folder(tmp_path, config=config, fp8=False)
     model = load_vlm(tmp_path)
     assert type(model.model.language_model).__name__ == "MistralModel"
+
+
+def test_a_name_that_no_hub_takes_is_told_in_one_line() -> None:
+    with pytest.raises(CheckpointError, match=r"^an organisation/na me: neither a folder here nor a model"):
+        fetch_weights("an organisation/na me")

@@ -78,3 +78,10 @@ def test_an_embedder_gives_the_same_vectors_with_either_library() -> None:
             setattr(plain.get_submodule(parent), child, linear)
     use_onednn(embedder)
     torch.testing.assert_close(embedder(packed), plain(packed), atol=1e-5, rtol=0)
+
+
+def test_a_compiler_sees_the_plain_layer() -> None:
+    layer = OneDnnLinear(4, 4, bias=False)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    rows = torch.randn(3, 4)
+    torch.testing.assert_close(compiled(rows), torch.nn.functional.linear(rows, layer.weight))

@@ -56,7 +56,8 @@ def test_ranks_of_one_share_of_a_batch_have_one_number() -> None:
     [
         (
             {"pp": 2, "stages_per_rank": 2},
-            "parallel.stages_per_rank: must be at most 1, as parallel.pp=2 shares the mo",
+            "parallel.stages_per_rank: must be at most 1, as parallel.pp=2 shares the model's num_hidden_layers, 2, "
+            "got 2; lower parallel.pp, or take another parallel.schedule",
         ),
         ({"tp": 3}, "parallel.tp: must divide the model's num_attention_heads, 4, got 3"),
         ({"tp": 4}, "parallel.tp: must divide the model's num_key_value_heads, 2, got 4"),
