@@ -38,7 +38,6 @@ def cached_backward(
     rows: Sequence[Sequence[int]],
     loss_fn: Callable[[torch.Tensor], ContrastiveOutput],
     *,
-    before_backward: Callable[[bool], None] | None = None,
     replay: Callable[[Sequence[torch.Tensor]], None] | None = None,
 ) -> ContrastiveOutput:
     """Adds the gradient of a loss over all embeddings to the parameters, one micro-batch at a time.
@@ -60,9 +59,6 @@ def cached_backward(
             `range(N)`.
         loss_fn: All embeddings `[N, D]`, rows in the caller's order, to the output whose `loss` is differentiated.
             Parameters of its own, such as a learned temperature, receive their gradient here. Called once.
-        before_backward: Called before the forward and backward of each micro-batch that will reach the parameters, with
-            True for the last one: the place to switch gradient synchronisation off and on, so that gradients are
-            reduced over ranks once per step.
         replay: In place of the second pass: adds the gradient to the parameters from that of the embeddings of each
             micro-batch, `[n, D]`. `encode` then needs no gradient.
 
@@ -78,9 +74,7 @@ def cached_backward(
     order = [row for group in rows for row in group]
     if not order or sorted(order) != list(range(len(order))):
         raise ValueError(f"rows: must hold each of 0 .. {len(order) - 1} once and not be empty, got {order[:20]}")
-    announce = before_backward or (lambda is_last: None)
     if len(micro_batches) == 1 and replay is None:
-        announce(True)
         output = loss_fn(_in_order(encode(micro_batches[0]), order))
         output.loss.backward()
         return dataclasses.replace(output, loss=output.loss.detach())
@@ -97,16 +91,13 @@ def cached_backward(
     assert embeddings.grad is not None
     gradients = embeddings.grad[order].split([len(group) for group in rows])
 
-    detached = dataclasses.replace(output, loss=output.loss.detach())
     if replay is not None:
         replay(gradients)
-        return detached
-    last = len(micro_batches) - 1
-    for index, (texts, gradient, state) in enumerate(zip(micro_batches, gradients, states, strict=True)):
-        announce(index == last)
-        _set_random_state(state)
-        encode(texts).backward(gradient)
-    return detached
+    else:
+        for texts, gradient, state in zip(micro_batches, gradients, states, strict=True):
+            _set_random_state(state)
+            encode(texts).backward(gradient)
+    return dataclasses.replace(output, loss=output.loss.detach())
 
 
 def _in_order(embeddings: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
