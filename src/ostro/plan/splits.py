@@ -159,10 +159,10 @@ def make_plan(
     limit = memory_gib * USABLE * GIB
     choices, forbidden = [], []
     for split in _splits(recipe, num_gpus):
-        num_micro_batches = _num_micro_batches(settings, batch, split)
-        if rule := _forbidden(settings, batch, split, num_micro_batches, recipe.parallel):
+        if rule := _forbidden(settings, batch, split, recipe.parallel):
             forbidden.append((split, rule))
             continue
+        num_micro_batches = _num_micro_batches(settings, batch, split)
         needs, other = (_needs(each, split, num_micro_batches) for each in (sizes, swapped))
         step = step_traffic(
             sizes,
@@ -239,12 +239,11 @@ def _splits(recipe: EmbedRecipe | VlmRecipe, num_gpus: int) -> Iterator[Split]:
 def _num_micro_batches(settings: Settings, batch: Batch, split: Split) -> int:
     samples = math.ceil(batch.num_samples / split.num_data_ranks)
     together = max(settings.num_tokens // batch.sample_tokens, 1)
-    number = math.ceil(samples / together)
-    # fewer than ranks are a rule broken
-    return number if number < split.pp else fitting_number(number, num_ranks=split.pp, schedule=settings.schedule)
+    # a pipeline cuts smaller ones where these are too few, which are counted as if they were full
+    return fitting_number(math.ceil(samples / together), num_ranks=split.pp, schedule=settings.schedule)
 
 
-def _forbidden(settings: Settings, batch: Batch, split: Split, num_micro_batches: int, options: ParallelOptions) -> str:
+def _forbidden(settings: Settings, batch: Batch, split: Split, options: ParallelOptions) -> str:
     """The rule that a split breaks, whatever the memory; empty where it breaks none."""
     try:
         check_schedule(options, split.pp)
@@ -255,8 +254,6 @@ def _forbidden(settings: Settings, batch: Batch, split: Split, num_micro_batches
         return str(error).partition(";")[0]
     if split.num_data_ranks > batch.num_samples:
         return f"{batch.key}: {batch.num_samples} for {split.num_data_ranks} data-parallel ranks"
-    if split.pp > num_micro_batches:
-        return f"{batch.key}: {num_micro_batches} micro-batches for {split.pp} stages"
     if split.dp_shard > 1 and set(PARTS) - settings.frozen == {"head"}:
         return "model.freeze: the head alone cannot be trained with dp_shard"
     return ""

@@ -211,3 +211,10 @@ def test_frozen_parts_that_stay_whole_are_not_gathered() -> None:
         for model in (split, whole)
     ]
     assert held == [4 * vision // 4, 2 * vision]
+
+
+def test_a_pipeline_of_an_embedder_cuts_its_micro_batches() -> None:
+    recipe = load_recipe("embed-demo", ["parallel.pp=2"], KINDS)
+    [choice] = make_plan(recipe, num_gpus=2, memory_gib=8).fitting
+    assert choice.num_micro_batches == 2
+    assert choice.step.idle == pytest.approx(1 / 3)
