@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -148,6 +149,7 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
         loaded = load_recipe(recipe, overrides or [], KINDS)
     except RecipeError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # every process of a machine reads the same
+            time.sleep(5)  # torchrun ends all of them when one ends: the one that tells has to be first
             raise ToldElsewhere(str(error)) from error
         raise
 
