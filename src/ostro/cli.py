@@ -25,7 +25,7 @@ import typer
 from ostro import __version__
 from ostro.checkpoint.presets import LAYOUT_NAMES, PRECISIONS, SIZES
 from ostro.cli_recipes import recipes_app
-from ostro.errors import DataError, OstroError, RecipeError, ToldElsewhere, is_out_of_memory
+from ostro.errors import DataError, OstroError, RecipeError, ToldElsewhere, first_line, is_out_of_memory
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -131,8 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (RuntimeError, MemoryError) as error:
         if debug or not is_out_of_memory(error):
             raise
-        reason = (str(error) or type(error).__name__).partition("\n")[0]
-        print(f"error: memory ran out ({reason}); use smaller batches, or a machine with more memory", file=sys.stderr)
+        print(
+            f"error: memory ran out ({first_line(error)}); use smaller batches, or a machine with more memory",
+            file=sys.stderr,
+        )
         code = 1
     finally:
         logger.removeHandler(handler)

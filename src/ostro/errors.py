@@ -52,6 +52,15 @@ def missing_extra(extra: str, package: str) -> OstroError:
     return OstroError(f"{package}: not installed; run: pip install 'ostro[{extra}]'")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its kind where it says nothing.
+
+    Args:
+        error: Any error.
+    """
+    return (str(error) or type(error).__name__).partition("\n")[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, of a device or of the host.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,8 +149,3 @@ def question_of(conversation: Conversation) -> str:
 def reference_of(conversation: Conversation) -> str:
     """Text of the last assistant turn."""
     return conversation.split_reference()[1].strip()
-
-
-def summarise(metrics: Mapping[str, float]) -> str:
-    """Metrics on one line."""
-    return "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())

@@ -31,7 +31,7 @@ from ostro.train.metrics import LiveLine, RunLog
 from ostro.train.recipe import EmbedRecipe
 from ostro.train.report import write_report
 from ostro.train.shared import shared_search
-from ostro.train.table import metric_table
+from ostro.train.table import metric_table, summarise
 
 # Texts on which the exported folder must give the vectors of the model in memory.
 _NUM_VERIFIED_TEXTS = 64
@@ -80,11 +80,7 @@ def evaluate_untrained(recipe: EmbedRecipe, encoder: Encoder, judges: Judges, lo
     if recipe.evaluate is not None:
         _search_and_log(recipe.evaluate, encoder, judges, 0, log)
     if recipe.test is not None:
-        report = search(recipe.test, encoder, judges)
-        text = json.dumps(dict(report.metrics)) + "\n"
-        judges.ranks.on_main(lambda: (Path(recipe.output) / "untrained.json").write_text(text, encoding="utf-8"))
-        with judges.ranks.agreed():
-            line.say(f"before training  {_one_line(report.metrics)}")
+        judges.keep_untrained(recipe.output, search(recipe.test, encoder, judges).metrics, line)
 
 
 def evaluate_during(
@@ -93,7 +89,7 @@ def evaluate_during(
     """Scores the model after `step` steps, and gives the first metric; `judges` share the texts."""
     report = _search_and_log(options, encoder, judges, step, log)
     with judges.ranks.agreed():  # also the disk it prints to
-        line.say(f"step {step}  {options.split}  {_one_line(report.metrics)}")
+        line.say(f"step {step}  {options.split}  {summarise(report.metrics)}")
     return next(iter(report.metrics.values()))
 
 
@@ -217,7 +213,3 @@ def search(options: EvaluateOptions, encoder: Encoder, judges: Judges) -> Retrie
     with judges.ranks.agreed():
         evaluation = open_evaluation(options.path, options.split)
     return shared_search(evaluation, options, encoder, judges)
-
-
-def _one_line(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())

@@ -8,13 +8,18 @@ samples runs along on a blank one; along a pipeline a batch is passed from stage
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from ostro.parallel.pipeline import Stage
+from ostro.train.metrics import LiveLine
 from ostro.train.ranks import Ranks
+from ostro.train.table import summarise
 
 
 @dataclass(frozen=True)
@@ -36,3 +41,20 @@ class Judges:
     pipeline: dist.ProcessGroup | None = None
     own_stages: tuple[Stage, ...] = ()
     dtype: torch.dtype = torch.float32
+
+    def keep_untrained(self, folder: str, metrics: Mapping[str, float], line: LiveLine) -> None:
+        """Writes down what the untrained model scores, for the result page, and shows it.
+
+        Args:
+            folder: Run folder.
+            metrics: Of the test set.
+            line: Where it is shown.
+
+        Distributed: on rank 0, as `Ranks.on_main`.
+        """
+
+        def keep() -> None:
+            (Path(folder) / "untrained.json").write_text(json.dumps(dict(metrics)) + "\n", encoding="utf-8")
+            line.say(f"before training  {summarise(metrics)}")
+
+        self.ranks.on_main(keep)

@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from ostro.config import dump_recipe
-from ostro.errors import DataError, OstroError, RecipeError, ToldElsewhere, is_out_of_memory
+from ostro.errors import DataError, OstroError, RecipeError, ToldElsewhere, first_line, is_out_of_memory
 from ostro.parallel.mesh import axis_sizes, data_rank
 from ostro.train.ranks import Ranks
 from ostro.train.recipe import EmbedRecipe, VlmRecipe
@@ -84,11 +84,10 @@ def out_of_memory(key: str, cause: BaseException) -> OstroError:
         key: Of the recipe: of the micro-batches, or of an evaluation.
         cause: What was raised.
     """
-    first_line = (str(cause) or type(cause).__name__).partition("\n")[0]
     what, how = "too large for the memory", "lower it"
     if key == "evaluate":
         what, how = "does not fit the memory", "lower evaluate.batch_samples, or split the model"
-    return OstroError(f"{key}: {what} ({first_line}); {how}")
+    return OstroError(f"{key}: {what} ({first_line(cause)}); {how}")
 
 
 @contextmanager
@@ -103,9 +102,8 @@ def model_in_memory() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error) or type(error).__name__).partition("\n")[0]
         raise OstroError(
-            f"model.weights: the model does not fit the memory ({reason}); split it over more ranks "
+            f"model.weights: the model does not fit the memory ({first_line(error)}); split it over more ranks "
             "(parallel.dp_shard, parallel.tp), or set model.dtype=bfloat16"
         ) from error
 

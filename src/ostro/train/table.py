@@ -17,3 +17,8 @@ def metric_table(systems: Mapping[str, Mapping[str, float]]) -> str:
     for system, values in systems.items():
         lines.append(" ".join([f"{system:<{width}}", *(f"{values[name]:>{max(10, len(name))}.4f}" for name in names)]))
     return "\n".join(lines)
+
+
+def summarise(metrics: Mapping[str, float]) -> str:
+    """Metrics on one line."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())

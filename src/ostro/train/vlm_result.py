@@ -30,14 +30,13 @@ from ostro.train.answers import (
     open_held_out,
     question_of,
     reference_of,
-    summarise,
 )
 from ostro.train.judges import Judges
 from ostro.train.metrics import LiveLine, RunLog
 from ostro.train.options import AnswerOptions
 from ostro.train.recipe import VlmRecipe
 from ostro.train.report import write_report
-from ostro.train.table import metric_table
+from ostro.train.table import metric_table, summarise
 
 _NUM_SHOWN = 24
 _THUMBNAIL_PIXELS = 160
@@ -75,11 +74,7 @@ def evaluate_untrained(recipe: VlmRecipe, chat: Chat, judges: Judges, log: RunLo
     if recipe.evaluate is not None:
         _evaluate_and_log(recipe.evaluate, chat, judges, 0, log)
     if recipe.test is not None:
-        report = answer_test(recipe.test, chat, judges)
-        text = json.dumps(report.metrics) + "\n"
-        judges.ranks.on_main(lambda: (Path(recipe.output) / "untrained.json").write_text(text, encoding="utf-8"))
-        with judges.ranks.agreed():
-            line.say(f"before training  {summarise(report.metrics)}")
+        judges.keep_untrained(recipe.output, answer_test(recipe.test, chat, judges).metrics, line)
 
 
 def evaluate_during(
